@@ -1,0 +1,1 @@
+"""Maps jobs onto machines. Imports neither longctx nor parallel, and never torch."""

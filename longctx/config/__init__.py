@@ -1,0 +1,1 @@
+"""Schema, composition and checks of the configuration."""

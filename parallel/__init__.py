@@ -1,0 +1,1 @@
+"""How work is split: mesh, layouts, collectives, attention over a split sequence, FSDP. Knows nothing of longctx."""
