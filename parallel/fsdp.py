@@ -1,0 +1,66 @@
+"""Fully sharded data parallelism over dp_shard x cp (FSDP2), with gradients that are sums.
+
+A sequence group's ranks hold different tokens of the same microbatch, and groups may hold
+different numbers of tokens, so no per-rank mean is ever right: FSDP reduces with SUM, and
+`grads.normalize_` divides once by the step's token count.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from .mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FsdpPolicy:
+    """How parameters are stored, computed with and reduced."""
+
+    param_dtype: torch.dtype
+    """Dtype of the gathered parameters, hence of the computation."""
+    reduce_dtype: torch.dtype
+    """Dtype of the gradient reduction; also of the sharded gradient."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after forward (ZeRO-3) or keep them until backward (ZeRO-2)."""
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, policy: FsdpPolicy) -> None:
+    """Wrap each block, then the root, so that parameters become shards over dp_shard x cp.
+
+    Args:
+        model: the root, in the dtype of the optimizer's parameters.
+        blocks: the modules that are gathered one at a time (the decoder's layers).
+        mesh: the world; with dp_replicate > 1 this is HSDP.
+        policy: dtypes and resharding.
+
+    Cost:
+        Per microbatch 2 all-gathers and one reduce-scatter of each block's parameters.
+    """
+    mixed = MixedPrecisionPolicy(
+        param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(
+            block, mesh=mesh.fsdp_mesh, mp_policy=mixed, reshard_after_forward=policy.reshard_after_forward
+        )
+    fully_shard(model, mesh=mesh.fsdp_mesh, mp_policy=mixed, reshard_after_forward=False)
+    for module in fsdp_modules(model):
+        # Neither setter recurses, and a factor on the root alone is silently wrong. Without the
+        # second one the reduction is PREMUL_SUM, which gloo does not have.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every FSDP-wrapped module below `model`, the root included."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Reduce gradients at the next backward (the step's last microbatch) or only accumulate."""
+    if not isinstance(model, FSDPModule):
+        raise TypeError(f"{type(model).__name__} is not FSDP-wrapped; call parallel.apply.parallelize first")
+    model.set_requires_gradient_sync(sync)
