@@ -1,0 +1,238 @@
+"""Every key of a run: frozen dataclasses, one per section, each field with its unit and meaning.
+
+Lengths are in tokens and sizes in bytes; in files and on the command line both accept units
+(`8k` = 8192 tokens, `1M` = 1048576 tokens, `10GiB`). `auto` stands for a value that `check.resolve`
+(or, for the vocabulary, the tokenizer) decides.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Auto = Literal["auto"]
+Device = Literal["auto", "cpu", "cuda"]
+Strategy = Literal["local", "ulysses", "ring", "usp"]
+Dtype = Literal["auto", "bfloat16", "float32", "float64"]
+
+
+def tokens(default: Any) -> Any:
+    """A length in tokens: `8k` means 8 x 1024 tokens."""
+    return field(default=default, metadata={"unit": "tokens"})
+
+
+def size(default: Any) -> Any:
+    """A size in bytes: `10GiB`, `512MB`."""
+    return field(default=default, metadata={"unit": "bytes"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where the run lives and on what it runs."""
+
+    dir: str = "runs/quickstart"
+    """Run folder: resolved configuration, metrics, logs, checkpoints."""
+    seed: int = 0
+    """Seed of the parameters and of the order of documents."""
+    processes: int = 0
+    """Local processes to start; 0: one per GPU, or 2 on CPU."""
+    device: Device = "auto"
+    """`cpu`, `cuda`, or `auto`: cuda where a GPU is visible."""
+    device_memory: int | Auto = size("auto")
+    """Memory of one GPU in bytes for the estimate; `auto`: asked of the driver, else 80GiB; 0: no limit."""
+    resume: bool = False
+    """Continue the run that the folder already holds."""
+    port: int = 0
+    """TCP port of the local rendezvous; 0: any free port."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: the base frequencies and how they are extended."""
+
+    type: Literal["default", "linear", "llama3"] = "default"
+    """Rule that makes the frequencies."""
+    theta: float = 500000.0
+    """Base of the frequencies: pair i turns by theta^(-2i/head_dim) radians per token."""
+    head_dim: int = 0
+    """Rotated dims of a head; 0: `model.head_dim`."""
+    factor: float = 1.0
+    """Extension factor target length / original length (linear, llama3)."""
+    original_len: int | None = tokens(None)
+    """Length in tokens that the model was trained on before the extension (llama3)."""
+    low_freq_factor: float = 1.0
+    """llama3: pairs with fewer turns than this over `original_len` are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3: pairs with more turns than this over `original_len` stay as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of a decoder: grouped-query attention, RMSNorm, SwiGLU, RoPE."""
+
+    num_layers: int = 4
+    """Decoder layers."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    ffn_size: int = 384
+    """Inner width of the SwiGLU feed-forward."""
+    num_heads: int = 4
+    """Query heads H."""
+    num_kv_heads: int = 2
+    """Key and value heads K; divides `num_heads`."""
+    head_dim: int = 32
+    """Dims of a head D (even); num_heads x head_dim need not be `hidden_size`."""
+    vocab_size: int | Auto = "auto"
+    """Rows of the embedding; `auto`: the tokenizer's, rounded up to a multiple of 64."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary position embedding."""
+    norm_eps: float = 1e-5
+    """Epsilon inside every RMSNorm."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over head_dim on queries and keys before RoPE (Qwen3)."""
+    tied_embeddings: bool = True
+    """The output head shares the embedding's weight."""
+    sliding_window: int | None = tokens(None)
+    """Tokens that a query sees back, itself included; none: all of its document."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream shrink with depth."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Documents, tokenizer and how documents become training sequences."""
+
+    path: str = "python-stdlib"
+    """`python-stdlib`, a folder of text, a .jsonl[.gz] file or folder of them, or a store prefix."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a tokenizer.json."""
+    cache_dir: str = "data-cache"
+    """Folder for tokenized stores."""
+    text_key: str = "text"
+    """Key that holds the document in a line of .jsonl."""
+    held_out: float = 0.02
+    """Fraction of the documents that is kept for evaluation and never trained on."""
+    seq_len: int = tokens(8192)
+    """Longest sequence in tokens; a longer document is cut into consecutive pieces."""
+    tail: Literal["keep", "drop"] = "keep"
+    """What happens to the rest of a cut document."""
+    min_len: int = tokens(2)
+    """Shortest piece in tokens that is trained on."""
+    bad_files: Literal["skip", "error"] = "skip"
+    """Binary or non-UTF-8 files: counted, named and skipped, or an error."""
+    workers: int = 0
+    """Processes that tokenize; 0: one per core."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DegreesConfig:
+    """How the work is split: degrees that multiply to the number of processes."""
+
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Replicas that hold whole copies of the sharded state."""
+    dp_shard: int | Auto = "auto"
+    """Data-parallel groups that shard the state between them; `auto`: what the others leave."""
+    ring: int | Auto = "auto"
+    """Ranks that pass keys and values around for one sequence."""
+    ulysses: int | Auto = "auto"
+    """Ranks that exchange heads for tokens for one sequence."""
+    tp: int = 1
+    """Ranks that split every matrix."""
+    ep: int = 1
+    """Ranks that split the experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """Attention over a split sequence."""
+
+    strategy: Strategy = "usp"
+    """How a split sequence attends; `usp` is ulysses inside ring and covers every degree."""
+    layout: Literal["balanced", "zigzag", "contiguous"] = "balanced"
+    """Which tokens of a packed batch each rank holds."""
+    kernel: str = "auto"
+    """Attention kernel; `auto`: the best that is installed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Optimization."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch_tokens: int = tokens(8192)
+    """Token budget of one optimizer step over all processes."""
+    microbatch_tokens: int | Auto = tokens("auto")
+    """Token budget of one forward and backward of a sequence group; `auto`: `data.seq_len`."""
+    dtype: Dtype = "auto"
+    """Compute type of parameters and activations; `auto`: bfloat16 on cuda, float32 on cpu."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate / peak learning rate."""
+    warmup_steps: int = 10
+    """Steps of linear warmup."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warmup; wsd: stable, then linear decay."""
+    decay_fraction: float = 0.2
+    """wsd: fraction of the steps that decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    eval_every: int = 0
+    """Steps between held-out evaluations; 0: only at the end."""
+    eval_tokens: int = tokens(65536)
+    """Held-out tokens of one evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Latest checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """What is written about the run, and where."""
+
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    wandb: Literal["off", "auto", "offline", "online"] = "off"
+    """Weights & Biases; `auto`: online with a login, offline without."""
+    project: str = "longctx"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run, whole. Nothing below `build.py` sees it: each part takes its section."""
+
+    run: RunConfig = RunConfig()
+    """Where the run lives and on what it runs."""
+    model: ModelConfig = ModelConfig()
+    """Shape of the model."""
+    data: DataConfig = DataConfig()
+    """Documents and sequences."""
+    parallel: DegreesConfig = DegreesConfig()
+    """How the work is split."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention over a split sequence."""
+    train: TrainConfig = TrainConfig()
+    """Optimization."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is written about the run."""

@@ -1,0 +1,15 @@
+"""Errors a user can act on. Their messages say what is wrong, the values, and what to change."""
+
+from parallel.errors import ConfigError as ConfigError
+
+
+class DataError(ValueError):
+    """A document source or a token store cannot be used."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or is incomplete or damaged."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or a gradient is no longer finite."""
