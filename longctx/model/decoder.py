@@ -1,0 +1,80 @@
+"""The decoder: tokens of many documents in, logits out, one flat row without a batch dimension.
+
+Shapes: t = this rank's tokens (possibly none), E = hidden_size, V = vocab_size.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parallel.layout import SequenceLayout
+
+from ..config.schema import ModelConfig
+from ..rope.frequencies import rope_parameters
+from ..rope.spec import with_head_dim
+from ..rope.tables import Frequencies, RopeTable
+from .attention import Attend, Attention
+from .layers import FeedForward, RMSNorm
+from .shapes import vocab_rows
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then feed-forward, each added to the stream."""
+
+    def __init__(self, config: ModelConfig, attend: Attend) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, attend)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = FeedForward(config.hidden_size, config.ffn_size)
+
+    def forward(self, x: Tensor, table: RopeTable, layout: SequenceLayout) -> Tensor:
+        """[t, E] -> [t, E]."""
+        x = x + self.attention(self.attention_norm(x), table, layout)
+        stream: Tensor = x + self.ffn(self.ffn_norm(x))
+        return stream
+
+
+class Decoder(nn.Module):
+    """A Llama-style decoder (Llama, Mistral, Qwen2, Qwen3 dense, by its config).
+
+    `layers` is keyed by the global layer number, so that a parameter has one name on every
+    pipeline stage. Can be built under `torch.device("meta")`: it holds no buffers.
+    """
+
+    def __init__(self, config: ModelConfig, attend: Attend) -> None:
+        super().__init__()
+        self.config = config
+        rope = with_head_dim(config.rope, config.head_dim)
+        self.frequencies = Frequencies.stack([rope_parameters(rope)])
+        self.embedding = nn.Embedding(vocab_rows(config), config.hidden_size)
+        self.layers = nn.ModuleDict({str(n): Block(config, attend) for n in range(config.num_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tied_embeddings:
+            self.head = nn.Linear(config.hidden_size, vocab_rows(config), bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        rope_id: Tensor | None = None,
+        *,
+        layout: SequenceLayout,
+    ) -> Tensor:
+        """Logits of the next token after each of this rank's tokens.
+
+        Args:
+            input_ids: [t] int64, in layout order.
+            position_ids: [t] int64, the tokens' true positions in their documents.
+            rope_id: [t] int64 or None, the frequency set of each token.
+            layout: which global tokens this rank holds; handed to `attend`.
+
+        Returns:
+            [t, V] in the parameters' dtype.
+        """
+        x = self.embedding(input_ids)  # [t] -> [t, E]
+        table = self.frequencies.table(position_ids, rope_id, dtype=x.dtype)
+        for block in self.layers.values():
+            x = block(x, table, layout)
+        x = self.norm(x)
+        logits: Tensor = F.linear(x, self.embedding.weight) if self.config.tied_embeddings else self.head(x)
+        return logits

@@ -1,0 +1,95 @@
+"""Initial parameters that do not depend on the layout.
+
+Every parameter is a fixed stream of numbers given by (seed, name), cut into blocks of rows with a
+generator each. A rank draws only the blocks its shard touches, on the CPU in float32, so that one
+process, any FSDP size and any tensor-parallel split start from the same bits.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..config.schema import ModelConfig
+
+BLOCK_ELEMENTS = 1 << 20
+"""Numbers per generator; changing it changes every model's initial parameters."""
+RESIDUAL_OUTPUTS = ("attention.wo.weight", "ffn.down.weight")
+"""Projections that add to the residual stream."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shard:
+    """The part of a parameter that this rank holds."""
+
+    local: Tensor
+    """Its storage."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    offset: tuple[int, ...]
+    """Index of the shard's first element in the whole."""
+
+
+@torch.no_grad()
+def init_parameters_(model: nn.Module, seed: int, config: ModelConfig) -> None:
+    """Fill every parameter of `model` (or of a stage of it), in place.
+
+    Matrices are normal with `config.init_std`, those into the residual stream divided by
+    sqrt(2 num_layers) so that the stream's variance does not grow with depth; norms are one and
+    biases zero.
+
+    Args:
+        model: parameters with global names, plain tensors or DTensors of any placement.
+        seed: the run's seed.
+        config: the whole model's shape.
+
+    Raises:
+        ValueError: no rule for a parameter.
+
+    Source: Language Models are Unsupervised Multitask Learners (GPT-2, 2019), sec. 2.3.
+    """
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    for name, parameter in model.named_parameters():
+        shard = _shard(parameter)
+        if name.endswith("norm.weight"):
+            shard.local.fill_(1.0)
+        elif name.endswith(".bias"):
+            shard.local.zero_()
+        elif parameter.ndim == 2:
+            std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else config.init_std
+            _fill_normal(shard, seed, name, std)
+        else:
+            raise ValueError(f"no initialisation rule for {name} of shape {tuple(parameter.shape)}; add one")
+
+
+def _shard(parameter: Tensor) -> _Shard:
+    if not isinstance(parameter, DTensor):
+        return _Shard(local=parameter, shape=tuple(parameter.shape), offset=(0,) * parameter.ndim)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    return _Shard(local=parameter.to_local(), shape=tuple(parameter.shape), offset=tuple(offset))
+
+
+def _fill_normal(shard: _Shard, seed: int, name: str, std: float) -> None:
+    if shard.local.numel() == 0:
+        return
+    (num_rows, width), (first, left) = shard.shape, shard.offset
+    last, right = first + shard.local.shape[0], left + shard.local.shape[1]
+    size = max(1, BLOCK_ELEMENTS // width)  # rows per block
+    for block in range(first // size, -(-last // size)):
+        start, stop = block * size, min((block + 1) * size, num_rows)
+        generator = torch.Generator(device="cpu").manual_seed(_stream(seed, name, block))
+        values = torch.empty(stop - start, width, dtype=torch.float32, device="cpu")
+        values.normal_(0.0, std, generator=generator)
+        low, high = max(start, first), min(stop, last)
+        shard.local[low - first : high - first].copy_(values[low - start : high - start, left:right])
+
+
+def _stream(seed: int, name: str, block: int) -> int:
+    """A generator seed that is the same on every machine, unlike Python's `hash`."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

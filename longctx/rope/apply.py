@@ -1,0 +1,53 @@
+"""The rotation itself.
+
+Shapes: t = this rank's tokens, H = heads, D = head_dim.
+
+Half-split layout: coordinate i turns with coordinate i + D/2, as in Hugging Face's Llama and
+GPT-NeoX. The arithmetic is in the table's dtype (at least float32), the result in the input's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tables import RopeTable
+
+
+def rotate(x: Tensor, table: RopeTable) -> Tensor:
+    """Turn every head of every token by its position.
+
+    Args:
+        x: [t, H, D], any floating dtype.
+        table: cosines and sines of the same t tokens.
+
+    Returns:
+        [t, H, D] in x's dtype.
+
+    Source: RoFormer (Su et al. 2021), eq. 34, with the coordinates paired half-split.
+    """
+    rotated: Tensor = _Rotation.apply(x, table.cos, table.sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Saves nothing but the table: the gradient of a rotation is the rotation backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    out = torch.empty_like(x)
+    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    # A bfloat16 x is promoted to the table's float32 inside the kernels, not copied beforehand.
+    torch.addcmul(first * cos, second, sin, value=-sign, out=out_first)
+    torch.addcmul(second * cos, first, sin, value=sign, out=out_second)
+    return out
