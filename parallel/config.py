@@ -59,7 +59,9 @@ class ParallelConfig:
             axes = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
             degrees = {axis: getattr(self, axis) for axis in axes if getattr(self, axis) != 1}
             assert prod(degrees.values()) == self.world_size
-            spelled = " x ".join(f"parallel.{axis}={degree}" for axis, degree in degrees.items()) or "all degrees 1"
+            spelled = (
+                " x ".join(f"parallel.{axis}={degree}" for axis, degree in degrees.items()) or "all degrees 1"
+            )
             raise ConfigError(
                 f"{spelled} need {self.world_size} processes, but the world has {world_size}; "
                 "set parallel.dp_shard=auto or change a degree"

@@ -34,6 +34,14 @@ def all_keys() -> dict[str, Key]:
     return {key.name: key for key in _walk(Config, "")}
 
 
+def value_of(config: Config, name: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def _walk(section: type[Any], prefix: str) -> Iterator[Key]:
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):

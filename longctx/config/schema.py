@@ -5,8 +5,9 @@ Lengths are in tokens and sizes in bytes; in files and on the command line both 
 (or, for the vocabulary, the tokenizer) decides.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Auto = Literal["auto"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -14,14 +15,10 @@ Strategy = Literal["local", "ulysses", "ring", "usp"]
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 
 
-def tokens(default: Any) -> Any:
-    """A length in tokens: `8k` means 8 x 1024 tokens."""
-    return field(default=default, metadata={"unit": "tokens"})
-
-
-def size(default: Any) -> Any:
-    """A size in bytes: `10GiB`, `512MB`."""
-    return field(default=default, metadata={"unit": "bytes"})
+TOKENS: Mapping[str, str] = {"unit": "tokens"}
+"""Marks a length in tokens: `8k` means 8 x 1024 tokens."""
+BYTES: Mapping[str, str] = {"unit": "bytes"}
+"""Marks a size in bytes: `10GiB`, `512MB`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +33,7 @@ class RunConfig:
     """Local processes to start; 0: one per GPU, or 2 on CPU."""
     device: Device = "auto"
     """`cpu`, `cuda`, or `auto`: cuda where a GPU is visible."""
-    device_memory: int | Auto = size("auto")
+    device_memory: int | Auto = field(default="auto", metadata=BYTES)
     """Memory of one GPU in bytes for the estimate; `auto`: asked of the driver, else 80GiB; 0: no limit."""
     resume: bool = False
     """Continue the run that the folder already holds."""
@@ -56,7 +53,7 @@ class RopeConfig:
     """Rotated dims of a head; 0: `model.head_dim`."""
     factor: float = 1.0
     """Extension factor target length / original length (linear, llama3)."""
-    original_len: int | None = tokens(None)
+    original_len: int | None = field(default=None, metadata=TOKENS)
     """Length in tokens that the model was trained on before the extension (llama3)."""
     low_freq_factor: float = 1.0
     """llama3: pairs with fewer turns than this over `original_len` are divided by `factor`."""
@@ -92,7 +89,7 @@ class ModelConfig:
     """RMSNorm over head_dim on queries and keys before RoPE (Qwen3)."""
     tied_embeddings: bool = True
     """The output head shares the embedding's weight."""
-    sliding_window: int | None = tokens(None)
+    sliding_window: int | None = field(default=None, metadata=TOKENS)
     """Tokens that a query sees back, itself included; none: all of its document."""
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream shrink with depth."""
@@ -112,11 +109,11 @@ class DataConfig:
     """Key that holds the document in a line of .jsonl."""
     held_out: float = 0.02
     """Fraction of the documents that is kept for evaluation and never trained on."""
-    seq_len: int = tokens(8192)
+    seq_len: int = field(default=8192, metadata=TOKENS)
     """Longest sequence in tokens; a longer document is cut into consecutive pieces."""
     tail: Literal["keep", "drop"] = "keep"
     """What happens to the rest of a cut document."""
-    min_len: int = tokens(2)
+    min_len: int = field(default=2, metadata=TOKENS)
     """Shortest piece in tokens that is trained on."""
     bad_files: Literal["skip", "error"] = "skip"
     """Binary or non-UTF-8 files: counted, named and skipped, or an error."""
@@ -162,9 +159,9 @@ class TrainConfig:
 
     steps: int = 100
     """Optimizer steps."""
-    global_batch_tokens: int = tokens(8192)
+    global_batch_tokens: int = field(default=8192, metadata=TOKENS)
     """Token budget of one optimizer step over all processes."""
-    microbatch_tokens: int | Auto = tokens("auto")
+    microbatch_tokens: int | Auto = field(default="auto", metadata=TOKENS)
     """Token budget of one forward and backward of a sequence group; `auto`: `data.seq_len`."""
     dtype: Dtype = "auto"
     """Compute type of parameters and activations; `auto`: bfloat16 on cuda, float32 on cpu."""
@@ -190,7 +187,7 @@ class TrainConfig:
     """Gradients are scaled down to this global norm; 0: never."""
     eval_every: int = 0
     """Steps between held-out evaluations; 0: only at the end."""
-    eval_tokens: int = tokens(65536)
+    eval_tokens: int = field(default=65536, metadata=TOKENS)
     """Held-out tokens of one evaluation."""
 
 

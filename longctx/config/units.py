@@ -42,6 +42,6 @@ def format_tokens(count: int) -> str:
     return str(count)
 
 
-def format_gib(count: float) -> str:
-    """A size for people: 85899345920 -> `80.0 GiB`."""
-    return f"{count / 1024**3:.1f} GiB"
+def format_bytes(count: float) -> str:
+    """A size for people: 85899345920 -> `80.0 GiB`, 3000000 -> `3 MiB`."""
+    return f"{count / 1024**3:.1f} GiB" if count >= 1024**3 else f"{count / 1024**2:.0f} MiB"
