@@ -11,5 +11,5 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or is incomplete or damaged."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RuntimeError):  # noqa: N818
     """A loss or a gradient is no longer finite."""

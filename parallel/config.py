@@ -1,73 +1,89 @@
-"""The degrees of every mesh axis, as frozen data."""
+"""Degrees of parallelism: a pure record without torch."""
 
-from dataclasses import asdict, dataclass
-from math import prod
+import math
+from dataclasses import dataclass, fields
 
 from .errors import ConfigError
 
+AXES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+"""Mesh axes, outermost first; `ep` divides the fsdp ranks and is no axis of its own."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the mesh axes, outermost first; they multiply to the world size (`ep` divides fsdp)."""
+    """How many ways each axis splits the job; the product of the axes is the world size."""
 
     pp: int = 1
     """Pipeline stages."""
     dp_replicate: int = 1
-    """Replicas that hold whole copies of the sharded state."""
+    """Full replicas of the sharded model (HSDP's outer axis)."""
     dp_shard: int = 1
-    """Data-parallel groups that shard the state between them."""
+    """Ranks that share parameters and hold different sequences."""
     ring: int = 1
-    """Ranks that pass keys and values around for one sequence."""
+    """Ranks that pass keys and values around (across nodes)."""
     ulysses: int = 1
-    """Ranks that exchange heads for tokens for one sequence."""
+    """Ranks that exchange heads for tokens (inside a node)."""
     tp: int = 1
-    """Ranks that split every matrix."""
+    """Tensor-parallel ranks (innermost)."""
     ep: int = 1
-    """Ranks that split the experts; divides `fsdp`."""
+    """Expert-parallel ranks; divides fsdp = dp_shard x ring x ulysses."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"parallel.{field.name}={value!r} must be a whole number of ranks, at least 1"
+                )
+        if self.fsdp % self.ep:
+            raise ConfigError(
+                f"parallel.ep={self.ep} must divide dp_shard x ring x ulysses = {self.fsdp}; "
+                f"choose one of {[d for d in range(1, self.fsdp + 1) if self.fsdp % d == 0]}"
+            )
 
     @property
     def cp(self) -> int:
-        """Ranks that share one sequence."""
+        """Ranks that share one sequence: ring x ulysses."""
         return self.ring * self.ulysses
 
     @property
     def fsdp(self) -> int:
-        """Ranks that share one copy of parameters, gradients and optimizer state."""
+        """Ranks over which parameters are sharded: dp_shard x cp."""
         return self.dp_shard * self.cp
 
     @property
     def data_ranks(self) -> int:
-        """Ranks of one pipeline stage and one tp slice."""
+        """Ranks among which tokens are divided: dp_replicate x dp_shard x cp."""
         return self.dp_replicate * self.fsdp
 
     @property
     def world_size(self) -> int:
-        """Processes that these degrees need."""
-        return self.pp * self.data_ranks * self.tp
+        """Product of all axes."""
+        return math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
 
     def check(self, world_size: int) -> None:
-        """Refuse degrees that cannot be laid over `world_size` processes.
+        """Refuse degrees that do not multiply to the number of processes.
+
+        Args:
+            world_size: number of processes.
 
         Raises:
-            ConfigError: a degree below 1, a product that differs from `world_size`, or an `ep`
-                that does not divide dp_shard x ring x ulysses.
+            ConfigError: naming the product and a key to change.
         """
-        for name, degree in asdict(self).items():
-            if degree < 1:
-                raise ConfigError(f"parallel.{name}={degree}; choose at least 1")
-        if self.world_size != world_size:
-            axes = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
-            degrees = {axis: getattr(self, axis) for axis in axes if getattr(self, axis) != 1}
-            assert prod(degrees.values()) == self.world_size
-            spelled = (
-                " x ".join(f"parallel.{axis}={degree}" for axis, degree in degrees.items()) or "all degrees 1"
-            )
-            raise ConfigError(
-                f"{spelled} need {self.world_size} processes, but the world has {world_size}; "
-                "set parallel.dp_shard=auto or change a degree"
-            )
-        if self.fsdp % self.ep:
-            raise ConfigError(
-                f"parallel.ep={self.ep} does not divide dp_shard x ring x ulysses = {self.fsdp}; "
-                "choose a divisor"
-            )
+        if self.world_size == world_size:
+            return
+        degrees = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.shape, strict=True))
+        rest = self.world_size // self.dp_shard
+        hint = (
+            f"set parallel.dp_shard={world_size // rest}"
+            if world_size % rest == 0
+            else f"start a multiple of {rest} processes, or lower one of the degrees"
+        )
+        raise ConfigError(
+            f"parallel degrees {degrees} need {self.world_size} processes, not {world_size}; {hint}"
+        )

@@ -1,24 +1,38 @@
-"""Errors of the parallel package. Their messages say what is wrong, the values, and what to change."""
+"""Named errors of the parallel package. Every message says what, the values, and what to change."""
 
 
 class ConfigError(ValueError):
-    """A setting cannot work; raised before any process group exists."""
+    """A setting or argument that cannot work; raised before any communication."""
 
 
 class UnsupportedError(ConfigError):
-    """Two settings that each work cannot be combined, e.g. a mask with an attention strategy."""
+    """A combination that a strategy or kernel cannot compute exactly, refused by name."""
 
 
 class PlanError(ValueError):
-    """A step plan breaks one of its rules."""
+    """A step plan that breaks one of its rules."""
 
 
-class PeerLost(RuntimeError):
-    """A collective failed because a peer of this rank is gone or does not answer."""
+class PeerLost(RuntimeError):  # noqa: N818  # noqa: N818 -- the name says what happened, as the design's tables use it
+    """A peer did not take its part in a communication within the group's timeout.
 
-    def __init__(self, detail: str, *, axis: str, rank: int, step: int | None = None) -> None:
-        self.axis = axis
-        self.rank = rank
-        self.step = step
-        at = "" if step is None else f" step={step}"
-        super().__init__(f"{detail} (axis={axis} rank={rank}{at})")
+    Args:
+        axis: mesh axis of the group, e.g. "ring".
+        rank: global rank of the peer that did not answer, or None when the backend does not say.
+        step: position of the communication inside its operation (a ring hop), or None.
+        detail: what was being done, and the backend's own words.
+    """
+
+    def __init__(self, *, axis: str, rank: int | None, step: int | None, detail: str) -> None:
+        self.axis, self.rank, self.step, self.detail = axis, rank, step, detail
+        who = "a peer" if rank is None else f"rank {rank}"
+        where = "" if step is None else f", step {step}"
+        super().__init__(f"lost {who} on axis {axis!r}{where}: {detail}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Rebuild from the keyword-only fields, so that a rank can hand the error to its parent."""
+        return _peer_lost, (self.axis, self.rank, self.step, self.detail)
+
+
+def _peer_lost(axis: str, rank: int | None, step: int | None, detail: str) -> PeerLost:
+    return PeerLost(axis=axis, rank=rank, step=step, detail=detail)

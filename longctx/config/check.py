@@ -1,7 +1,7 @@
 """Cross-field checks, and the replacement of `auto`, for a given world. Pure, without torch."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from parallel.config import ParallelConfig
 
@@ -31,12 +31,12 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     """
     if world_size < 1:
         raise ConfigError(f"a world of {world_size} processes cannot run anything; choose at least 1")
-    if device_type != "cpu" and device_type != "cuda":
+    if device_type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device_type!r} is unknown; choose cpu or cuda")
     check_values(config)
     check_model(config.model)
     check_degrees(config.parallel)
-    config = _fill(config, device_type)
+    config = _fill(config, cast(Literal["cpu", "cuda"], device_type))
     check_tokens(config)
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))
     degrees = choose_or_check(config, machine)
@@ -80,8 +80,8 @@ def choose_or_check(config: Config, machine: Machine) -> ParallelConfig:
             f"data.seq_len={format_tokens(config.data.seq_len)} with train.microbatch_tokens="
             f"{format_tokens(tokens)} over parallel.ring={degrees.ring} x parallel.ulysses={degrees.ulysses} "
             f"needs about {format_bytes(need)} a GPU, more than {FILL:.0%} of "
-            f"{format_bytes(memory_limit(config, machine))}; set parallel.ring=auto and parallel.ulysses=auto, "
-            "use more processes, or set run.device_memory to what the GPU has (0: no limit)"
+            f"{format_bytes(memory_limit(config, machine))}; set parallel.ring=auto and "
+            "parallel.ulysses=auto, use more processes, or set run.device_memory to what the GPU has (0: no limit)"
         )
     return degrees
 
