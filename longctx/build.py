@@ -1,0 +1,200 @@
+"""From a config and a world to a run: process groups, mesh, model, optimizer, data.
+
+`build` may be called again in the same process: it keeps no module state, prefixes the store with
+the membership epoch, and `Run.close` drops the groups. Nothing below this file sees the whole config.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from parallel.layout import SequenceLayout
+from parallel.mesh import Mesh, build_mesh
+from torch.distributed.tensor import DTensor
+
+from parallel.apply import parallelize
+from parallel.attention import make_attention
+from parallel.fsdp import FsdpPolicy
+
+from .config.check import parallel_config
+from .config.schema import Config, ModelConfig, TrainConfig
+from .data.loader import StepLoader
+from .data.prepare import prepare
+from .errors import ConfigError
+from .model.decoder import Decoder
+from .model.init import init_parameters_
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The processes of one membership epoch, before any process group exists."""
+
+    rank: int
+    """This process, 0 .. size - 1."""
+    size: int
+    """Number of processes."""
+    device: torch.device
+    """Where this rank's tensors live."""
+    store: dist.Store
+    """Rendezvous store that all ranks reach."""
+    epoch: int = 0
+    """Membership epoch; prefixes every key in the store."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective that nobody answers is an error."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far the run is; with the config's seed it is the whole data cursor."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """Everything that a training step needs, on this rank."""
+
+    config: Config
+    """The resolved config."""
+    world: World
+    """The processes."""
+    mesh: Mesh
+    """The axes."""
+    model: Decoder
+    """Wrapped model, this rank's shards."""
+    optimizer: torch.optim.AdamW
+    """Optimizer of the shards."""
+    data: StepLoader
+    """This sequence group's microbatches by step."""
+    progress: Progress
+    """How far the run is."""
+
+    def layout(self, cu_seqlens: torch.Tensor) -> SequenceLayout:
+        """Which tokens of a packed batch this rank holds."""
+        mesh = self.mesh
+        return SequenceLayout.build(
+            cu_seqlens,
+            ring=mesh.size("ring"),
+            ulysses=mesh.size("ulysses"),
+            ring_rank=mesh.coordinate("ring"),
+            ulysses_rank=mesh.coordinate("ulysses"),
+            kind=self.config.attention.layout,
+        )
+
+    def close(self) -> None:
+        """Stop the loader and drop every process group; `build` may follow."""
+        self.data.close()
+        self.mesh.close()
+        dist.destroy_process_group()
+
+
+def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None = None) -> Run:
+    """Build a run on this rank.
+
+    Args:
+        config: resolved for `world.size` processes; equal on all ranks.
+        world: the processes; no default process group may exist.
+        shards: this rank's local parameter shards by global name, adopted without a copy; None
+            initializes parameters from `run.seed`, identically whatever the layout.
+
+    Raises:
+        ConfigError: the tokenizer does not fit the model, or shards do not fit the layout.
+    """
+    prepared = prepare(config.data, progress=False)
+    vocab_size = vocabulary(config.model, prepared.vocab_size)
+    model_config = replace(config.model, vocab_size=vocab_size)
+    config = replace(config, model=model_config)
+    _join(world)
+    mesh = build_mesh(parallel_config(config), world.device.type)
+    model = _model(config, mesh, world.device)
+    if shards is None:
+        init_parameters_(model, model_config, seed=config.run.seed)
+    else:
+        _adopt(model, shards)
+    return Run(
+        config=config,
+        world=world,
+        mesh=mesh,
+        model=model,
+        optimizer=_optimizer(model, config.train),
+        data=StepLoader(config.data, config.train, prepared, seed=config.run.seed, mesh=mesh),
+        progress=Progress(),
+    )
+
+
+def vocabulary(config: ModelConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding: as configured, or the tokenizer's rounded up to a multiple of 64."""
+    if config.vocab_size == "auto":
+        return -(-tokenizer_size // 64) * 64
+    if config.vocab_size < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size={config.vocab_size} is below the tokenizer's {tokenizer_size} ids; "
+            f"set model.vocab_size=auto or at least {tokenizer_size}, or choose another data.tokenizer"
+        )
+    return config.vocab_size
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """Dtype of the gathered parameters and the activations."""
+    return _DTYPES[config.dtype]
+
+
+def _join(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"epoch-{world.epoch}", world.store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=world.timeout_s),
+    )
+
+
+def _model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
+    """The sharded model with storage but no values; parameters are kept at least float32."""
+    attend = make_attention(config.attention.strategy, mesh, kernel=config.attention.kernel)
+    compute = compute_dtype(config.train)
+    stored = torch.promote_types(compute, torch.float32)
+    with torch.device("meta"):
+        model = Decoder(config.model, attend).to(stored)
+    policy = FsdpPolicy(param_dtype=compute, reduce_dtype=stored)
+    parallelize(model, model.layers.values(), mesh=mesh, policy=policy)
+    model.to_empty(device=device)
+    return model
+
+
+def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != shards.keys():
+        differ = sorted(parameters.keys() ^ shards.keys())
+        raise ConfigError(f"shards do not fit the model: {differ[:3]} are on one side only")
+    for name, parameter in parameters.items():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+        if local.shape != shards[name].shape:
+            raise ConfigError(
+                f"shard {name} has shape {tuple(shards[name].shape)}, this layout wants {tuple(local.shape)}"
+            )
+        local.copy_(shards[name])
+
+
+def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; norms and biases (fewer than two dims) are not decayed."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )

@@ -1,0 +1,52 @@
+"""Files that are written whole or not at all: beside themselves, synced, renamed."""
+
+import os
+from pathlib import Path
+
+import xxhash
+
+_READ_BYTES = 4 << 20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step; a kill leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Rename a finished file or folder to its final name, durably."""
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-64 of a file's content in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

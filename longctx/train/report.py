@@ -1,0 +1,64 @@
+"""What a person reads at the start and at the end of a run."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..build import Run
+from ..model.params import num_parameters
+
+
+def opening(run: Run, resumed_from: Path | None, estimate_s: float | None) -> str:
+    """A few lines: model, data, layout, and the predicted time."""
+    config, degrees = run.config, run.config.parallel
+    axes = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp", "ep")
+    split = " x ".join(f"{axis} {getattr(degrees, axis)}" for axis in axes if getattr(degrees, axis) != 1)
+    total, _ = num_parameters(config.model)
+    steps = config.train.steps - run.progress.step
+    lines = [
+        f"model    {total / 1e6:,.2f}M parameters, {config.train.dtype}, {config.data.seq_len:,} tokens context",
+        f"data     {config.data.path}: {run.data.describe()}",
+        f"layout   {run.world.size} x {run.world.device.type}: {split or 'one process'}",
+        f"steps    {steps} of up to {config.train.global_batch_tokens:,} tokens",
+    ]
+    if resumed_from is not None:
+        lines.append(f"resumed  step {run.progress.step} from {resumed_from}")
+    if estimate_s is not None:
+        lines.append(f"estimate about {max(1, round(estimate_s / 60))} min ({estimate_s:.0f} s)")
+    return "\n".join(lines)
+
+
+def box(run: Run, figures: dict[str, Any], *, stopped_by: str | None) -> None:
+    """Print what was reached and the command to try next."""
+    from rich.console import Console
+    from rich.panel import Panel
+
+    folder = run.config.run.dir
+    title = f"stopped by {stopped_by} after step {run.progress.step}, saved" if stopped_by else "done"
+    Console().print(
+        Panel("\n".join(_reached(run, figures) + _next(folder, stopped_by)), title=title, expand=False)
+    )
+
+
+def _reached(run: Run, figures: dict[str, Any]) -> list[str]:
+    lines = [f"{run.progress.step} steps, {run.progress.tokens:,} tokens"]
+    if "loss" in figures:
+        lines.append(f"train loss     {figures['loss']:.4f} nats per token")
+    if "held_out_loss" in figures:
+        bits = figures["held_out_bits_per_byte"]
+        lines.append(
+            f"held-out loss  {figures['held_out_loss']:.4f} nats per token, {bits:.3f} bits per byte"
+        )
+    lines += [f"checkpoint     {figures['checkpoint']}", f"metrics        {run.config.run.dir}/metrics.jsonl"]
+    return lines
+
+
+def _next(folder: str, stopped_by: str | None) -> list[str]:
+    resolved = shlex.quote(f"{folder}/config.resolved.yaml")
+    if stopped_by:
+        return ["", "continue:", f"  longctx train {resolved} run.resume=true"]
+    return [
+        "",
+        "check that the layout computes what one process computes:",
+        f"  longctx verify {resolved}",
+    ]

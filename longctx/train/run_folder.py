@@ -1,0 +1,100 @@
+"""The run folder: what was run, where, with what, and how it ended."""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..config.schema import Config
+from ..errors import ConfigError
+from ..files import write_text
+
+RESOLVED = "config.resolved.yaml"
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
+
+class RunFolder:
+    """One run's folder; rank 0 writes, every rank logs to `logs/rank_N.log`."""
+
+    def __init__(self, config: Config, *, rank: int) -> None:
+        self.path = Path(config.run.dir)
+        self._rank = rank
+        self._started = time.monotonic()
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        self.log = _rank_log(self.path / "logs" / f"rank_{rank}.log")
+        if rank == 0:
+            self._describe(config)
+
+    def _describe(self, config: Config) -> None:
+        write_text(self.path / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
+        write_text(self.path / "cmd.txt", shlex.join(sys.orig_argv) + "\n")
+        write_text(self.path / "env.json", json.dumps(environment(), indent=1))
+        (self.path / SUMMARY).unlink(missing_ok=True)
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append an event (start, checkpoint, stop, error...) to events.jsonl and the rank's log."""
+        self.log.info("%s %s", kind, details)
+        if self._rank == 0:
+            row = {"time": time.time(), "kind": kind} | details
+            with (self.path / EVENTS).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def finish(self, exit_code: int, **figures: Any) -> None:
+        """Write summary.json; its `exit_code` is what the launcher returns (docs/protocol.md)."""
+        if self._rank == 0:
+            seconds = time.monotonic() - self._started
+            summary = {"exit_code": exit_code, "wall_s": round(seconds, 3)} | figures
+            write_text(self.path / SUMMARY, json.dumps(summary, indent=1))
+
+
+def check_unused(folder: Path | str, *, resume: bool) -> None:
+    """Refuse a folder that holds another run, unless it is to be resumed.
+
+    Raises:
+        ConfigError: the folder has metrics or checkpoints and `run.resume` is not set.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.dir={folder} is a file; choose a folder")
+    if resume or not ((folder / METRICS).exists() or (folder / "ckpt").exists()):
+        return
+    raise ConfigError(
+        f"run.dir={folder} already holds a run; add run.resume=true to continue it, "
+        "or set run.dir to a new folder"
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for somebody who wants to repeat the run."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": devices,
+    }
+
+
+def _rank_log(path: Path) -> logging.Logger:
+    log = logging.getLogger(f"longctx.{path.stem}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return log

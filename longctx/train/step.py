@@ -1,0 +1,105 @@
+"""One optimizer step: microbatches in, sums of losses over all ranks out."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from parallel.layout import SequenceLayout
+
+from parallel import comm, fsdp, grads
+
+from ..build import Run
+from ..data.batch import LocalBatch, PackedBatch
+from ..errors import TrainingDiverged
+from ..model.loss import token_loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What the step computed, equal on all ranks."""
+
+    loss: float
+    """Mean loss of the step's trained tokens in nats."""
+    tokens: int
+    """Trained tokens of the step."""
+    grad_norm: float
+    """Global 2-norm of the gradient before clipping."""
+    stops: int
+    """Number of ranks that were asked to stop."""
+
+
+def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepResult:
+    """Forward, backward and update on the step `run.progress.step`.
+
+    Raises:
+        TrainingDiverged: loss or gradient norm is not finite; parameters are not updated.
+    """
+    total = backward(run, run.data.step(run.progress.step), extra=(float(stop),))
+    norm = grads.clip_(run.model.parameters(), run.config.train.max_grad_norm, mesh=run.mesh)
+    loss, tokens, stops = total.tolist()
+    tokens = int(tokens)
+    mean = loss / max(1, tokens)
+    if not (math.isfinite(mean) and math.isfinite(norm.item())):
+        raise TrainingDiverged(f"loss {mean} and gradient norm {norm.item()}")
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.progress.step += 1
+    run.progress.tokens += tokens
+    return StepResult(loss=mean, tokens=tokens, grad_norm=norm.item(), stops=int(stops))
+
+
+def backward(run: Run, microbatches: list[PackedBatch], *, extra: tuple[float, ...] = ()) -> torch.Tensor:
+    """Gradients of the step's mean loss in `.grad`, on every rank's shards.
+
+    Every rank runs every microbatch, also one in which it holds no token, so that collectives match.
+
+    Args:
+        run: the run.
+        microbatches: this sequence group's, whole; equally many on every rank.
+        extra: numbers that are summed over the data ranks along with the losses.
+
+    Returns:
+        [2 + len(extra)] float64: loss sum, trained tokens and the extras, over all data ranks.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    for index, batch in enumerate(microbatches):
+        fsdp.set_gradient_sync(run.model, index == len(microbatches) - 1)
+        loss_sum, tokens = batch_loss(run, batch)
+        loss_sum.backward()
+        sums += torch.stack((loss_sum.detach().double(), tokens.double()))
+    sums = torch.cat((sums, torch.tensor(extra, dtype=torch.float64, device=sums.device)))
+    return grads.normalize_(run.model.parameters(), mesh=run.mesh, sums=sums)
+
+
+def batch_loss(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss sum and number of trained tokens of this rank's share of a packed batch."""
+    logits, local, _ = forward(run, batch)
+    return token_loss(logits, local.targets, local.loss_mask)
+
+
+def forward(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, SequenceLayout]:
+    """This rank's share of a packed batch through the model.
+
+    Returns:
+        logits [t, V], the share [t], and the layout that says which tokens it holds.
+    """
+    layout = run.layout(batch.cu_seqlens)
+    local = batch.take(layout.token_index).to(run.world.device)
+    logits = run.model(local.input_ids, local.position_ids, local.rope_id, layout=layout)
+    return logits, local, layout
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """Held-out loss in nats per token and bits per byte of text, equal on all ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    run.model.eval()
+    for batch in run.data.held_out():
+        loss_sum, tokens = batch_loss(run, batch)
+        sums += torch.stack((loss_sum.double(), tokens.double()))
+    run.model.train()
+    loss, tokens = comm.all_reduce(sums, run.mesh.group("data")).tolist()
+    bits = loss / math.log(2) / max(1, run.data.held_out_bytes)
+    return {"held_out_loss": loss / max(1, tokens), "held_out_bits_per_byte": bits}

@@ -1,0 +1,214 @@
+"""`longctx verify`: one step's batch of the user's data, one process against the layout.
+
+Loss, logits and the gradient of every parameter. Rank 0 first computes the step alone, then all
+ranks build the layout and compute it together. What differs first on the way back through the
+model is named, with its pipeline stage and the rank whose share differs most.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from parallel import comm
+
+from ..build import Run, World, build
+from ..config.check import microbatch_tokens
+from ..config.memory import FILL, estimate, vocab_estimate
+from ..config.schema import Config, DegreesConfig
+from .step import backward, forward
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# Tensors that are tiny as a whole are judged on the scale of the others.
+FLOOR = 1e-3
+LOGIT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What one process computes."""
+
+    loss: float
+    """Mean loss of the step."""
+    logits: torch.Tensor
+    """[n, V] logits of the first n tokens of the step's first microbatch."""
+    gradients: dict[str, torch.Tensor]
+    """Whole gradients by parameter name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One compared tensor."""
+
+    name: str
+    """`loss`, `logits` or `gradient of <parameter>`."""
+    error: float
+    """Largest absolute difference / scale."""
+    scale: float
+    """Largest absolute value of the reference, floored at 1e-3 of the median over tensors."""
+    rank: int
+    """Rank whose share differs most."""
+    stage: int
+    """Pipeline stage that holds the tensor."""
+
+
+def verify(config: Config, world: World) -> int:
+    """Compare the layout with one process.
+
+    Args:
+        config: resolved for `world.size`; `train.dtype` float32 or float64.
+        world: this process among the others.
+
+    Returns:
+        0 when everything agrees within the tolerance of the dtype, else 1.
+    """
+    config = _reduced(config, world)
+    reference = _reference(config, world) if world.rank == 0 else None
+    run = build(config, replace(world, epoch=world.epoch + 1))
+    try:
+        differences = list(_compare(run, reference))
+    finally:
+        run.close()
+    tolerance = TOLERANCE[torch.float64 if config.train.dtype == "float64" else torch.float32]
+    if world.rank == 0:
+        _print(differences, tolerance, config)
+    return int(any(not d.error <= tolerance for d in differences))
+
+
+def _reduced(config: Config, world: World) -> Config:
+    """The config with as many layers as one process can hold."""
+    layers = _fitting_layers(config, _memory_bytes(world.device) * FILL)
+    if layers < config.model.num_layers and world.rank == 0:
+        print(
+            f"one process holds {layers} of the {config.model.num_layers} layers: comparing those", flush=True
+        )
+    return replace(config, model=replace(config.model, num_layers=layers))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _fitting_layers(config: Config, limit_bytes: float) -> int:
+    """The most layers, at least one, whose training step one process is estimated to hold."""
+    model, tokens = config.model, microbatch_tokens(config)
+    vocab_size = vocab_estimate(model, config.data.tokenizer)
+    for layers in range(model.num_layers, 1, -1):
+        shape = replace(model, num_layers=layers)
+        need = estimate(shape, vocab_size=vocab_size, rank_tokens=tokens, shards=1, dtype=config.train.dtype)
+        if need.total <= limit_bytes:
+            return layers
+    return 1
+
+
+def _reference(config: Config, world: World) -> Reference:
+    alone = World(rank=0, size=1, device=world.device, store=dist.HashStore(), timeout_s=world.timeout_s)
+    run = build(replace(config, parallel=DegreesConfig(dp_shard=1, ring=1, ulysses=1)), alone)
+    try:
+        with torch.no_grad():
+            logits = forward(run, run.data.packed(0)[0])[0][: _logit_rows(run)].clone()
+        loss, tokens = backward(run, run.data.step(0)).tolist()
+        gradients = {name: _gradient(p).full_tensor().clone() for name, p in run.model.named_parameters()}
+    finally:
+        run.close()
+    return Reference(loss=loss / max(1, tokens), logits=logits, gradients=gradients)
+
+
+def _logit_rows(run: Run) -> int:
+    """Tokens whose logits are compared: as many as fit 1 GiB."""
+    return max(1, LOGIT_BYTES // (8 * int(run.config.model.vocab_size)))
+
+
+def _compare(run: Run, reference: Reference | None) -> Iterator[Difference]:
+    """Differences in the order in which a wrong value shows itself: forward, then backward."""
+    first = run.data.packed(0)[0]
+    with torch.no_grad():
+        logits, _, layout = forward(run, first)
+    loss_sum, tokens = backward(run, run.data.step(0)).tolist()
+    yield _loss_difference(run, reference, loss_sum / max(1, tokens))
+    yield _logit_difference(run, reference, logits, layout.token_index)
+    floor = _floor(run, reference)
+    for name, parameter in reversed(list(run.model.named_parameters())):
+        yield _gradient_difference(run, reference, name, parameter, floor=floor)
+
+
+def _loss_difference(run: Run, reference: Reference | None, loss: float) -> Difference:
+    expected = torch.tensor([reference.loss if reference else 0.0], dtype=torch.float64)
+    expected = comm.broadcast(expected.to(run.world.device), 0, run.mesh.group("world"))
+    found = torch.tensor([loss], dtype=torch.float64, device=expected.device)
+    return _difference(run, "loss", found, expected, scale=float(expected.abs().max()))
+
+
+def _logit_difference(
+    run: Run, reference: Reference | None, logits: torch.Tensor, index: torch.Tensor
+) -> Difference:
+    rows = min(_logit_rows(run), run.data.packed(0)[0].num_tokens)
+    expected = reference.logits if reference else logits.new_empty(rows, logits.shape[1])
+    expected = comm.broadcast(expected, 0, run.mesh.group("world"))
+    held = (index < rows).nonzero()[:, 0]
+    mine = expected[index[held].to(expected.device)]
+    scale = float(expected.abs().max())
+    return _difference(run, "logits", logits[held.to(logits.device)], mine, scale=scale)
+
+
+def _gradient_difference(
+    run: Run, reference: Reference | None, name: str, parameter: torch.nn.Parameter, *, floor: float
+) -> Difference:
+    found = _gradient(parameter)
+    whole = reference.gradients[name] if reference else torch.empty(found.shape, dtype=found.dtype)
+    whole = whole.to(run.world.device)
+    expected = distribute_tensor(whole, found.device_mesh, found.placements)  # rank 0 scatters
+    biggest = torch.tensor(float(whole.abs().max()) if reference else 0.0, dtype=torch.float64)
+    biggest = comm.all_reduce(biggest.to(run.world.device), run.mesh.group("world"), op="max")
+    scale = max(float(biggest), floor)
+    return _difference(run, f"gradient of {name}", found.to_local(), expected.to_local(), scale=scale)
+
+
+def _floor(run: Run, reference: Reference | None) -> float:
+    """1e-3 of the median over tensors of the largest absolute gradient."""
+    median = 0.0
+    if reference is not None:
+        largest = torch.stack([g.abs().max().double() for g in reference.gradients.values()])
+        median = float(largest.median())
+    shared = torch.tensor(median, dtype=torch.float64, device=run.world.device)
+    return FLOOR * float(comm.all_reduce(shared, run.mesh.group("world"), op="max"))
+
+
+def _difference(
+    run: Run, name: str, found: torch.Tensor, expected: torch.Tensor, *, scale: float
+) -> Difference:
+    """This rank's largest error against the others'; NaN counts as the largest of all."""
+    local = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
+    error = float(local.max()) / (scale or 1.0) if local.numel() else 0.0
+    errors = comm.gather_json(error, run.mesh.group("world"))
+    rank = max(range(len(errors)), key=lambda r: errors[r])
+    return Difference(name=name, error=errors[rank], scale=scale, rank=rank, stage=run.mesh.coordinate("pp"))
+
+
+def _gradient(parameter: torch.nn.Parameter) -> DTensor:
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor):
+        raise TypeError("verify compares FSDP-wrapped parameters; this one has no sharded gradient")
+    return gradient
+
+
+def _print(differences: list[Difference], tolerance: float, config: Config) -> None:
+    wrong = [d for d in differences if not d.error <= tolerance]
+    worst = max(differences, key=lambda d: d.error)
+    print(f"compared loss, logits and {len(differences) - 2} gradients in {config.train.dtype}")
+    print(
+        f"largest difference {worst.error:.2e} of the tensor's scale ({worst.name}); allowed {tolerance:.0e}"
+    )
+    if wrong:
+        first = wrong[0]
+        print(
+            f"DIFFERS: {first.name}, stage {first.stage}, rank {first.rank}: "
+            f"{first.error:.2e} of its scale {first.scale:.2e}; {len(wrong)} tensors differ in all"
+        )
+    else:
+        print("equal: the layout computes what one process computes")
