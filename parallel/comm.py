@@ -1,0 +1,287 @@
+"""Every collective of the package: one place for timeouts, uneven sizes, renamed torch calls and counting.
+
+Sizes come from the caller's plan, never from the peer: a size mismatch on gloo aborts the process.
+"""
+
+import itertools
+import json
+import math
+from collections import Counter as Tally
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import PeerLost
+
+_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass(slots=True)
+class Counter:
+    """Calls made and bytes sent by this rank, by kind of communication."""
+
+    calls: Tally[str] = field(default_factory=Tally)
+    """Number of communications started, by kind."""
+    sent_bytes: Tally[str] = field(default_factory=Tally)
+    """Bytes sent to other ranks, by kind; what a rank keeps for itself does not count."""
+
+    def add(self, kind: str, sent: int) -> None:
+        """Count one call of `kind` that sends `sent` bytes."""
+        self.calls[kind] += 1
+        self.sent_bytes[kind] += sent
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.calls.clear()
+        self.sent_bytes.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """Ranks that communicate along one mesh axis, as seen by one of them."""
+
+    axis: str
+    """Name of the axis, for messages."""
+    rank: int
+    """This process's index in `ranks`."""
+    ranks: tuple[int, ...]
+    """Global ranks, in the axis' order."""
+    handle: Any = None
+    """torch.distributed ProcessGroup; None when the group has one rank."""
+    counter: Counter = field(default_factory=Counter)
+    """Where calls and bytes are counted."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+
+class Pending:
+    """Communication under way; `wait` returns when its buffers may be used."""
+
+    __slots__ = ("_after", "_group", "_keep", "_kind", "_step", "_works")
+
+    def __init__(self, group: Group, kind: str, step: int | None) -> None:
+        self._group, self._kind, self._step = group, kind, step
+        self._works: list[tuple[int | None, Any]] = []
+        self._after: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._keep: list[torch.Tensor] = []
+
+    def wait(self) -> None:
+        """Wait for every part.
+
+        Raises:
+            PeerLost: a peer did not answer within the group's timeout, or closed its connection.
+        """
+        works, self._works = self._works, []
+        for peer, work in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise lost(self._group, self._kind, peer=peer, step=self._step, cause=error) from error
+        for target, staged in self._after:
+            target.copy_(staged)
+        self._after, self._keep = [], []
+
+
+def lost(group: Group, kind: str, *, peer: int | None, step: int | None, cause: BaseException) -> PeerLost:
+    """The named error for a failed communication; `peer` is an index into the group."""
+    rank = None if peer is None else group.ranks[peer]
+    words = str(cause).strip().splitlines()[:1]
+    detail = f"{kind} among ranks {list(group.ranks)} failed ({words[0] if words else type(cause).__name__})"
+    return PeerLost(axis=group.axis, rank=rank, step=step, detail=detail)
+
+
+def exchange(
+    sends: Sequence[tuple[int, torch.Tensor]],
+    receives: Sequence[tuple[int, torch.Tensor]],
+    group: Group,
+    *,
+    kind: str = "p2p",
+    step: int | None = None,
+) -> Pending:
+    """Start sending contiguous tensors to, and receiving into buffers from, single peers of the group.
+
+    Args:
+        sends: (index in the group, tensor) pairs.
+        receives: (index in the group, buffer) pairs.
+        group: the ranks.
+        kind: label for the counter.
+        step: position in a longer operation, for the error message.
+
+    Returns:
+        The communication under way. Empty lists start nothing and count nothing.
+
+    Raises:
+        PeerLost: a connection is already closed.
+    """
+    pending = Pending(group, kind, step)
+    if not sends and not receives:
+        return pending
+    group.counter.add(kind, sum(tensor.nbytes for _, tensor in sends))
+    staged = _stages_through_host(group, (receives or sends)[0][1])
+    operations = []
+    for peer, tensor in sends:
+        source = tensor.cpu() if staged else tensor
+        pending._keep.append(source)
+        operations.append(dist.P2POp(dist.isend, source, group=group.handle, group_peer=peer))
+    for peer, buffer in receives:
+        target = torch.empty_like(buffer, device="cpu") if staged else buffer
+        if staged:
+            pending._after.append((buffer, target))
+        operations.append(dist.P2POp(dist.irecv, target, group=group.handle, group_peer=peer))
+    peers = [peer for peer, _ in sends] + [peer for peer, _ in receives]
+    try:
+        works = dist.batch_isend_irecv(operations)
+    except RuntimeError as error:
+        raise lost(group, kind, peer=None, step=step, cause=error) from error
+    # NCCL coalesces a batch into one work, gloo returns one per operation.
+    pending._works = (
+        list(zip(peers, works, strict=True)) if len(works) == len(peers) else [(None, w) for w in works]
+    )
+    return pending
+
+
+def all_to_all(
+    send: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: Group, *, kind: str
+) -> tuple[torch.Tensor, Pending]:
+    """Start an uneven all-to-all of a flat buffer.
+
+    Args:
+        send: [sum(send_counts)] contiguous; the part for rank i follows the part for rank i-1.
+        send_counts: elements for each rank.
+        receive_counts: elements from each rank.
+        group: the ranks.
+        kind: label for the counter.
+
+    Returns:
+        received [sum(receive_counts)], valid once the second value has been waited for.
+
+    Raises:
+        PeerLost: a connection is already closed.
+    """
+    received = send.new_empty(sum(receive_counts))
+    pending = Pending(group, kind, None)
+    if group.size == 1:
+        received.copy_(send)
+        return received, pending
+    group.counter.add(kind, (sum(send_counts) - send_counts[group.rank]) * send.element_size())
+    try:
+        work = dist.all_to_all_single(
+            received, send, list(receive_counts), list(send_counts), group=group.handle, async_op=True
+        )
+    except RuntimeError as error:
+        raise lost(group, kind, peer=None, step=None, cause=error) from error
+    pending._works.append((None, work))
+    pending._keep.append(send)
+    return received, pending
+
+
+def all_reduce(tensor: torch.Tensor, group: Group, *, op: str = "sum") -> torch.Tensor:
+    """Reduce `tensor` over the group, in place, and return it; `op` is sum, max or min."""
+    if group.size == 1:
+        return tensor
+    group.counter.add("all_reduce", tensor.nbytes)
+    try:
+        dist.all_reduce(tensor, op=_REDUCE[op], group=group.handle)
+    except RuntimeError as error:
+        raise lost(group, "all_reduce", peer=None, step=None, cause=error) from error
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, *, src: int, group: Group) -> torch.Tensor:
+    """Overwrite `tensor` with that of the group's rank `src`, in place, and return it."""
+    if group.size == 1:
+        return tensor
+    group.counter.add("broadcast", tensor.nbytes if group.rank == src else 0)
+    try:
+        dist.broadcast(tensor, group_src=src, group=group.handle)
+    except RuntimeError as error:
+        raise lost(group, "broadcast", peer=src, step=None, cause=error) from error
+    return tensor
+
+
+def gather_json(value: Any, *, group: Group) -> list[Any]:
+    """Every rank's `value` in rank order, as JSON reads it back (a tuple comes back as a list)."""
+    text = json.dumps(value).encode()
+    device = _device(group)
+    lengths = gather_rows(torch.tensor([len(text)], device=device), [1] * group.size, group).tolist()
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    data = bytes(gather_rows(mine, lengths, group).cpu().numpy())
+    ends = list(itertools.accumulate(lengths))
+    return [json.loads(data[end - size : end]) for size, end in zip(lengths, ends, strict=True)]
+
+
+def barrier(group: Group) -> None:
+    """Wait until every rank of the group is here."""
+    all_reduce(torch.zeros(1, device=_device(group)), group)
+
+
+def gather_rows(tensor: torch.Tensor, counts: Sequence[int], group: Group) -> torch.Tensor:
+    """Concatenate every rank's rows in rank order.
+
+    Args:
+        tensor: [counts[rank], ...] this rank's rows.
+        counts: rows of each rank, from the plan; they may differ or be zero.
+        group: the ranks.
+
+    Returns:
+        [sum(counts), ...] on every rank.
+    """
+    if group.size == 1:
+        return tensor
+    row = math.prod(tensor.shape[1:])
+    flat = tensor.contiguous().view(-1)
+    received, pending = all_to_all(
+        flat.repeat(group.size),
+        [flat.numel()] * group.size,
+        [n * row for n in counts],
+        group,
+        kind="gather_rows",
+    )
+    pending.wait()
+    return received.view(sum(counts), *tensor.shape[1:])
+
+
+def reduce_scatter_rows(tensor: torch.Tensor, counts: Sequence[int], group: Group) -> torch.Tensor:
+    """Sum every rank's tensor and keep this rank's rows; ranks are added in rank order, so the sum is fixed.
+
+    Args:
+        tensor: [sum(counts), ...] the same shape on every rank.
+        counts: rows that each rank keeps.
+        group: the ranks.
+
+    Returns:
+        [counts[rank], ...] this rank's rows of the sum.
+    """
+    if group.size == 1:
+        return tensor
+    row = math.prod(tensor.shape[1:])
+    mine = counts[group.rank]
+    received, pending = all_to_all(
+        tensor.contiguous().view(-1),
+        [n * row for n in counts],
+        [mine * row] * group.size,
+        group,
+        kind="reduce_scatter_rows",
+    )
+    pending.wait()
+    parts = received.view(group.size, mine, *tensor.shape[1:])
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _stages_through_host(group: Group, tensor: torch.Tensor) -> bool:
+    # gloo's point-to-point calls hand the raw pointer to a socket: device memory must be copied first.
+    return tensor.is_cuda and dist.get_backend(group.handle) == "gloo"
+
+
+def _device(group: Group) -> torch.device:
+    on_gpu = group.size > 1 and dist.get_backend(group.handle) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
