@@ -45,9 +45,10 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    out = torch.empty_like(x)
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    halves: Tensor = x.unflatten(-1, (2, -1))  # [t, H, D] -> [t, H, 2, D/2]
     # A bfloat16 x is promoted to the table's float32 inside the kernels, not copied beforehand.
-    torch.addcmul(first * cos, second, sin, value=-sign, out=out_first)
-    torch.addcmul(second * cos, first, sin, value=sign, out=out_second)
-    return out
+    out: Tensor = halves * cos.unsqueeze(-2)
+    (first, second), (out_first, out_second) = halves.unbind(-2), out.unbind(-2)
+    out_first.addcmul_(second, sin, value=-sign)
+    out_second.addcmul_(first, sin, value=sign)
+    return out.flatten(-2).to(x.dtype)

@@ -48,7 +48,8 @@ class Frequencies:
 
         Args:
             position_ids: [t] int64 or int32, restarting per document.
-            rope_id: [t] int64, the frequency set of each token; ignored while there is only one.
+            rope_id: [t] int64, the frequency set of each token; None: the first. Ignored while there
+                is only one.
             dtype: the activations' dtype; the table has it, or float32 if that is wider.
 
         Returns:
