@@ -81,7 +81,8 @@ def choose_or_check(config: Config, machine: Machine) -> ParallelConfig:
             f"{format_tokens(tokens)} over parallel.ring={degrees.ring} x parallel.ulysses={degrees.ulysses} "
             f"needs about {format_bytes(need)} a GPU, more than {FILL:.0%} of "
             f"{format_bytes(memory_limit(config, machine))}; set parallel.ring=auto and "
-            "parallel.ulysses=auto, use more processes, or set run.device_memory to what the GPU has (0: no limit)"
+            "parallel.ulysses=auto, use more processes, or set run.device_memory to what the GPU has "
+            "(0: no limit)"
         )
     return degrees
 

@@ -152,6 +152,7 @@ def _no_memory(config: Config, degrees: ParallelConfig, machine: Machine) -> str
         f"train.microbatch_tokens={format_tokens(config.train.microbatch_tokens)} needs about "
         f"{format_bytes(need.total)} on each of {machine.world_size} GPUs even with the sequence split over "
         f"{degrees.cp} (most of it {largest}: {format_bytes(getattr(need, largest))}), more than "
-        f"{FILL:.0%} of {format_bytes(memory_limit(config, machine))}; use more processes, a shorter data.seq_len and "
-        "train.microbatch_tokens, a smaller model, or set run.device_memory to what the GPU has (0: no limit)"
+        f"{FILL:.0%} of {format_bytes(memory_limit(config, machine))}; use more processes, a shorter "
+        "data.seq_len and train.microbatch_tokens, a smaller model, or set run.device_memory to what the "
+        "GPU has (0: no limit)"
     )

@@ -1,0 +1,173 @@
+"""Start a program on this machine under torchrun, pass signals to it, return its exit code.
+
+torchrun hides the exit codes of its workers and kills them 30 s after a signal of its own.
+So the program says in a status file how it ended, and signals go to the workers, which finish
+their step, save and leave; torchrun then ends by itself.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from . import command, processes
+from .protocol import DONE, FAILED, PREFLIGHT_FAILED, REQUEUE, read_status
+
+POLL_S = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+KILLED_BY_SIGTERM = "exitcode  : -15"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A program to start on this machine."""
+
+    argv: tuple[str, ...]
+    """`script.py ...` or `-m module ...`."""
+    processes: int
+    """Workers."""
+    port: int = 0
+    """Port of the rendezvous; 0: any free one."""
+    status: Path | None = None
+    """Where the program writes how it ended."""
+    log: Path | None = None
+    """Where torchrun's own messages go; None: a temporary file."""
+
+
+class Stop:
+    """Signals that asked us to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.interrupts = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handler of every stop signal."""
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts == 1 and number == signal.SIGINT:
+            say("stopping after this step, with a checkpoint; Ctrl-C again kills the run")
+        self.asked = True
+
+
+def run(job: Job) -> int:
+    """Start the program, wait for its end, return its exit code.
+
+    Returns:
+        The program's own code from the status file; without one, torchrun's; 3 if the port is taken.
+    """
+    problem = port_problem(job.port)
+    if problem:
+        say(f"error: {problem}")
+        return PREFLIGHT_FAILED
+    if job.status:
+        job.status.parent.mkdir(parents=True, exist_ok=True)
+        job.status.unlink(missing_ok=True)
+    with _log_file(job.log) as log, _handlers() as stop:
+        code = _supervise(job, log, stop)
+        return _verdict(job, code, stop, log.read_text(encoding="utf-8", errors="replace"))
+
+
+def port_problem(port: int) -> str | None:
+    """Why the rendezvous cannot listen on a port, or None."""
+    if port == 0:
+        return None
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return (
+                f"port {port} of this machine cannot be used ({error.strerror}); "
+                "choose another with --port (run.port), or 0 for any free one"
+            )
+    return None
+
+
+def say(text: str) -> None:
+    """A line to the user, beside what the workers print."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _supervise(job: Job, log: Path, stop: Stop) -> int:
+    """Torchrun's exit code, negative for a signal."""
+    arguments = command.torchrun(
+        job.argv, processes=job.processes, port=job.port, run_id=f"local-{os.getpid()}"
+    )
+    cores = len(os.sched_getaffinity(0))
+    torchrun = subprocess.Popen(
+        command.agent(arguments, log=log),
+        env=command.environment(os.environ, processes=job.processes, cores=cores),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
+    )
+    told: set[int] = set()
+    while True:
+        try:
+            return torchrun.wait(timeout=POLL_S)
+        except subprocess.TimeoutExpired:
+            workers = processes.children(torchrun.pid) if stop.asked else []
+        if stop.interrupts > 1:
+            processes.send([*workers, torchrun.pid], signal.SIGKILL)
+        processes.send([pid for pid in workers if pid not in told], signal.SIGTERM)
+        told.update(workers)
+
+
+def _verdict(job: Job, code: int, stop: Stop, report: str) -> int:
+    """The job's exit code, and a word about the cause where the program said none."""
+    if stop.interrupts > 1:
+        say("killed")
+        return 128 + signal.SIGINT
+    status = read_status(job.status) if job.status else None
+    if status and (status.exit_code != DONE or code == 0):
+        if status.exit_code == FAILED:
+            say(f"error: rank {status.rank} failed first: {status.error}")
+        return status.exit_code
+    if code == 0:
+        return DONE
+    if stop.asked and KILLED_BY_SIGTERM in report:
+        say("stopped before training began")
+        return REQUEUE
+    say(report.rstrip() or "torchrun gave no reason")
+    say(
+        f"error: torchrun ended with {code}, and no worker said why" + (f"; see {job.log}" if job.log else "")
+    )
+    return code if code > 0 else 128 - code
+
+
+@contextmanager
+def _log_file(log: Path | None) -> Iterator[Path]:
+    """An empty file for torchrun's messages."""
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("", encoding="utf-8")
+        yield log
+        return
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        path = Path(folder, "torchrun.log")
+        path.touch()
+        yield path
+
+
+@contextmanager
+def _handlers() -> Iterator[Stop]:
+    """Take the stop signals for the time of the run."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def dry_run(job: Job) -> Sequence[str]:
+    """The equivalent command, to read or to paste."""
+    arguments = command.torchrun(job.argv, processes=job.processes, port=job.port, run_id="local")
+    return [sys.executable, "-m", "torch.distributed.run", *arguments]
