@@ -1,0 +1,60 @@
+"""From a command line outside torchrun to `python -m launch local`, with everything checked first."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ..config.check import resolve
+from ..config.load import LoadedConfig
+from .folder import STATUS, TORCHRUN_LOG
+from .machine import choose_local, pinned
+from .packages import check_packages
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+
+
+def start(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[str] = ()) -> NoReturn:
+    """Check the configuration for this machine, prepare the data, become the launcher.
+
+    Args:
+        verb: the verb that the workers run.
+        loaded: its configuration.
+        folder: where the status file and torchrun's log go.
+        options: the verb's own options.
+
+    Raises:
+        ConfigError: before any process is started.
+    """
+    check_packages()
+    local = choose_local(loaded.config)
+    config, found = pinned(loaded.config, local)
+    resolve(config, local.processes, local.device, node_ranks=local.processes)
+    from ..data.prepare import prepare
+
+    prepare(config.data, progress=True)
+    program = ["-m", "longctx", verb, *loaded.files, *loaded.overrides, *found, *options]
+    become_launcher(
+        [
+            "local",
+            f"--processes={local.processes}",
+            f"--port={config.run.port}",
+            f"--status={folder / STATUS}",
+            f"--log={folder / TORCHRUN_LOG}",
+            "--",
+            *program,
+        ]
+    )
+
+
+def become_launcher(arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by `python -m launch`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "launch", *arguments])
