@@ -1,0 +1,4 @@
+"""Documents in, packed batches out: sources, tokenizers, the token store, packing and the loader.
+
+Importing this package does not import torch; only `batch`, `held_out` and `loader` do.
+"""

@@ -1,0 +1,118 @@
+"""Tokenize a listed source into a new store, going on from chunks that an earlier run finished."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataError
+from .chunks import Chunk, Skip, cut_source, lines_before
+from .documents import Source
+from .progress import open_progress
+from .shards import load_shard
+from .tokenizers import load_tokenizer
+from .workers import tokenize_all
+from .writer import Documents, NoDocumentsError, write_store
+
+if TYPE_CHECKING:
+    from ..config.schema import DataConfig
+
+_MIN_CHUNK, _MAX_CHUNK, _CHUNKS = 4 << 20, 64 << 20, 4096
+Plan = list[tuple[Path, int]]
+"""Shard files in reading order, each with the number of its first source file."""
+
+
+def assemble(
+    prefix: str, source: Source, config: "DataConfig", *, progress: bool, chunk_bytes: int | None
+) -> None:
+    """Make the store `prefix`; see `prepare` for the arguments and errors."""
+    if chunk_bytes is None:
+        chunk_bytes = min(max(_MIN_CHUNK, source.size // _CHUNKS), _MAX_CHUNK)
+    work = Path(f"{prefix}.work-{chunk_bytes}")
+    work.mkdir(exist_ok=True)
+    try:
+        plan = _tokenize(work, source, config, progress=progress, chunk_bytes=chunk_bytes)
+        _merge(prefix, plan, source, config)
+    finally:
+        for leftover in work.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+    for folder in work.parent.glob(f"{Path(prefix).name}.work-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tokenize(work: Path, source: Source, config: "DataConfig", *, progress: bool, chunk_bytes: int) -> Plan:
+    """Make the missing shards; returns all of them."""
+    plan: Plan = []
+    with open_progress(f"tokenizing {source.path}", source.size, show=progress) as advance:
+
+        def missing() -> Iterator[tuple[Chunk, Path]]:
+            for number, chunk in enumerate(cut_source(source, chunk_bytes)):
+                path = work / f"{number:08d}.npz"
+                plan.append((path, chunk.first_file))
+                if path.exists():
+                    advance(chunk.weight)
+                else:
+                    yield chunk, path
+
+        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = max(1, min(workers, -(-source.size // chunk_bytes)))
+        finished = tokenize_all(
+            missing(), tokenizer=config.tokenizer, text_key=config.text_key, workers=workers
+        )
+        for chunk, skipped in finished:
+            advance(chunk.weight)
+            if skipped and config.bad_files == "error":
+                named = _named(source, skipped[0], lines_before(chunk))
+                raise DataError(f"{named}; {REPAIR}")
+    return plan
+
+
+REPAIR = "repair or remove it, or set data.bad_files=skip"
+
+
+def _merge(prefix: str, plan: Plan, source: Source, config: "DataConfig") -> None:
+    tokenizer = load_tokenizer(config.tokenizer)
+    skipped: list[str] = []
+    about = {
+        "source": source.path,
+        "skipped": skipped,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+    }
+    names = [file.name for file in source.files]
+    try:
+        write_store(
+            prefix, _parts(plan, source, skipped), vocab_size=tokenizer.vocab_size, files=names, meta=about
+        )
+    except NoDocumentsError as error:
+        what = (
+            f"; of {len(skipped):,} files or lines none was usable: {'; '.join(skipped[:3])}"
+            if skipped
+            else ""
+        )
+        raise DataError(f"data.path={source.path} holds no text{what}") from error
+
+
+def _parts(plan: Plan, source: Source, skipped: list[str]) -> Iterator[Documents]:
+    """Documents of all shards, lines counted in their file; names of what was skipped are collected."""
+    file, before = -1, 0
+    for path, first_file in plan:
+        if first_file != file:
+            file, before = first_file, 0
+        shard = load_shard(path)
+        records = shard.documents.records.copy()
+        records["line"] += before * (records["line"] > 0)
+        skipped += [_named(source, skip, before) for skip in shard.skipped]
+        before += shard.num_lines
+        yield replace(shard.documents, records=records)
+
+
+def _named(source: Source, skip: Skip, before: int) -> str:
+    name = source.files[skip.file].name
+    return f"{name}:{skip.line + before}: {skip.reason}" if skip.line else f"{name}: {skip.reason}"

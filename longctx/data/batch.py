@@ -1,0 +1,149 @@
+"""One microbatch as tensors: packed pieces, no batch dimension, no padding.
+
+Targets are shifted here, before anything is split over ranks, so no rank needs its neighbour's
+token. T: tokens of the microbatch, N: pieces, t: tokens of one rank.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .packing import Pack, Piece
+from .store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalBatch:
+    """One rank's tokens of a microbatch, in its layout's order."""
+
+    input_ids: Tensor
+    """int64 [t]."""
+    targets: Tensor
+    """int64 [t]: the token that follows each one in its document; 0 at the document's end."""
+    position_ids: Tensor
+    """int64 [t]: position in the piece."""
+    rope_id: Tensor
+    """int64 [t]: which set of rotary frequencies a token uses."""
+    loss_mask: Tensor
+    """bool [t]: whether the target is trained."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens t."""
+        return int(self.input_ids.numel())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on a device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(LocalBatch)}
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """One microbatch, the same on every rank of its sequence group. Lives on the CPU."""
+
+    input_ids: Tensor
+    """int64 [T]."""
+    targets: Tensor
+    """int64 [T]: see `LocalBatch`."""
+    position_ids: Tensor
+    """int64 [T]: restart at 0 in every piece."""
+    rope_id: Tensor
+    """int64 [T]: zeros until pieces ask for other frequencies."""
+    loss_mask: Tensor
+    """bool [T]: False at a document's last token and, with loss spans, wherever they say."""
+    cu_seqlens: Tensor
+    """int32 [N+1]: first token of each piece, then T."""
+    doc_ids: tuple[int, ...]
+    """N: store document of each piece."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens T."""
+        return int(self.input_ids.numel())
+
+    def take(self, token_index: Tensor) -> LocalBatch:
+        """The tokens with these global indices.
+
+        Args:
+            token_index: int64 [t], `SequenceLayout.token_index`.
+        """
+        return LocalBatch(**{f.name: getattr(self, f.name)[token_index] for f in fields(LocalBatch)})
+
+    @classmethod
+    def empty(cls) -> Self:
+        """A microbatch without tokens, for a data group that has nothing left to compute."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            input_ids=none,
+            targets=none,
+            position_ids=none,
+            rope_id=none,
+            loss_mask=torch.zeros(0, dtype=torch.bool),
+            cu_seqlens=torch.zeros(1, dtype=torch.int32),
+            doc_ids=(),
+        )
+
+
+def build_batch(store: Store, pack: Pack, *, vocab_size: int | None = None) -> PackedBatch:
+    """Read a pack's tokens.
+
+    Args:
+        store: that the pack's document numbers refer to.
+        pack: pieces; none make an empty batch.
+        vocab_size: rows of the model's embedding; None: not checked.
+
+    Raises:
+        DataError: a token id has no row, with the document's name.
+    """
+    if not pack:
+        return PackedBatch.empty()
+    offsets = list(accumulate((piece.length for piece in pack), initial=0))
+    input_ids = np.empty(offsets[-1], dtype=np.int64)
+    targets = np.zeros(offsets[-1], dtype=np.int64)
+    loss_mask = np.zeros(offsets[-1], dtype=np.bool_)
+    for piece, offset in zip(pack, offsets, strict=False):
+        part = slice(offset, offset + piece.length)
+        _read_piece(store, piece, input_ids[part], targets[part], loss_mask[part])
+        if vocab_size is not None:
+            _check_ids(store, piece, input_ids[part], vocab_size)
+    lengths = np.diff(offsets)
+    positions = np.arange(offsets[-1], dtype=np.int64) - np.repeat(np.asarray(offsets[:-1]), lengths)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(positions),
+        rope_id=torch.zeros(offsets[-1], dtype=torch.int64),
+        loss_mask=torch.from_numpy(loss_mask),
+        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
+        doc_ids=tuple(piece.doc for piece in pack),
+    )
+
+
+def _read_piece(
+    store: Store,
+    piece: Piece,
+    input_ids: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    loss_mask: npt.NDArray[np.bool_],
+) -> None:
+    """Fill [length] slices; the targets of a piece inside its document reach one token past it."""
+    stop = min(piece.start + piece.length + 1, int(store.lengths[piece.doc]))
+    tokens = store.document(piece.doc, piece.start, stop)
+    known = len(tokens) - 1
+    input_ids[:] = tokens[: piece.length]
+    targets[:known] = tokens[1:]
+    trained = True if store.spans is None else store.spans.mask(piece.doc, piece.start + 1, stop)
+    loss_mask[:known] = trained
+
+
+def _check_ids(store: Store, piece: Piece, tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
+    wrong = tokens[(tokens >= vocab_size) | (tokens < 0)]
+    if len(wrong):
+        raise DataError(store.outside_vocab(piece.doc, int(wrong[0]), vocab_size))
