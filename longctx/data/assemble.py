@@ -3,13 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from .chunks import Chunk, Skip, cut_source, lines_before
 from .documents import Source
+from .files import named_disk_full
 from .progress import open_progress
 from .shards import load_shard
 from .tokenizers import load_tokenizer
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..config.schema import DataConfig
 
 _MIN_CHUNK, _MAX_CHUNK, _CHUNKS = 4 << 20, 64 << 20, 4096
+_NAMED = 1000
+"""So many skipped files or lines are recorded by name; all are counted."""
 Plan = list[tuple[Path, int]]
 """Shard files in reading order, each with the number of its first source file."""
 
@@ -31,15 +34,28 @@ def assemble(
     if chunk_bytes is None:
         chunk_bytes = min(max(_MIN_CHUNK, source.size // _CHUNKS), _MAX_CHUNK)
     work = Path(f"{prefix}.work-{chunk_bytes}")
-    work.mkdir(exist_ok=True)
+    _remove_partial(prefix)
     try:
-        plan = _tokenize(work, source, config, progress=progress, chunk_bytes=chunk_bytes)
-        _merge(prefix, plan, source, config)
+        with named_disk_full(work):
+            work.mkdir(exist_ok=True)
+            plan = _tokenize(work, source, config, progress=progress, chunk_bytes=chunk_bytes)
+            _merge(prefix, plan, source, config)
     finally:
-        for leftover in work.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-    for folder in work.parent.glob(f"{Path(prefix).name}.work-*"):
+        _remove_partial(prefix)
+
+
+def remove_work(prefix: str) -> None:
+    """Remove the chunks of a complete store."""
+    for folder in Path(prefix).parent.glob(f"{Path(prefix).name}.work-*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_partial(prefix: str) -> None:
+    """Remove files that a killed process was in the middle of."""
+    path = Path(prefix)
+    for pattern in (f"{path.name}.*.tmp", f"{path.name}.work-*/*.tmp"):
+        for partial in path.parent.glob(pattern):
+            partial.unlink(missing_ok=True)
 
 
 def _tokenize(work: Path, source: Source, config: "DataConfig", *, progress: bool, chunk_bytes: int) -> Plan:
@@ -74,32 +90,39 @@ REPAIR = "repair or remove it, or set data.bad_files=skip"
 
 def _merge(prefix: str, plan: Plan, source: Source, config: "DataConfig") -> None:
     tokenizer = load_tokenizer(config.tokenizer)
-    skipped: list[str] = []
-    about = {
-        "source": source.path,
-        "skipped": skipped,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-        },
-    }
-    names = [file.name for file in source.files]
+    skipped = _Skipped()
+    about = {name: getattr(tokenizer, name) for name in ("name", "fingerprint", "vocab_size", "eos_id")}
     try:
         write_store(
-            prefix, _parts(plan, source, skipped), vocab_size=tokenizer.vocab_size, files=names, meta=about
+            prefix,
+            _parts(plan, source, skipped),
+            vocab_size=tokenizer.vocab_size,
+            files=[file.name for file in source.files],
+            meta=lambda: {"source": source.path, "tokenizer": about, **asdict(skipped)},
         )
     except NoDocumentsError as error:
-        what = (
-            f"; of {len(skipped):,} files or lines none was usable: {'; '.join(skipped[:3])}"
-            if skipped
-            else ""
-        )
-        raise DataError(f"data.path={source.path} holds no text{what}") from error
+        why = f"{skipped.num_skipped:,} files or lines are not usable: {'; '.join(skipped.skipped[:3])}"
+        raise DataError(
+            f"data.path={source.path} holds no text; {why if skipped.skipped else 'put documents into it'}"
+        ) from error
 
 
-def _parts(plan: Plan, source: Source, skipped: list[str]) -> Iterator[Documents]:
+@dataclass(slots=True)
+class _Skipped:
+    """What could not be used, gathered while shards are merged."""
+
+    num_skipped: int = 0
+    """All of it."""
+    skipped: list[str] = field(default_factory=list)
+    """The first `_NAMED`, each with its reason."""
+
+    def add(self, name: str) -> None:
+        """Count one, and remember it if there is room."""
+        self.num_skipped += 1
+        self.skipped += [name] * (len(self.skipped) < _NAMED)
+
+
+def _parts(plan: Plan, source: Source, skipped: _Skipped) -> Iterator[Documents]:
     """Documents of all shards, lines counted in their file; names of what was skipped are collected."""
     file, before = -1, 0
     for path, first_file in plan:
@@ -108,7 +131,8 @@ def _parts(plan: Plan, source: Source, skipped: list[str]) -> Iterator[Documents
         shard = load_shard(path)
         records = shard.documents.records.copy()
         records["line"] += before * (records["line"] > 0)
-        skipped += [_named(source, skip, before) for skip in shard.skipped]
+        for skip in shard.skipped:
+            skipped.add(_named(source, skip, before))
         before += shard.num_lines
         yield replace(shard.documents, records=records)
 

@@ -72,16 +72,18 @@ class _UnusableError(Exception):
 def cut_source(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
     """Chunks of about `chunk_bytes` in reading order."""
     group: list[SourceFile] = []
+    size = 0
     for number, file in enumerate(source.files):
         if file.kind == "text":
             group.append(file)
-            if sum(f.size for f in group) >= chunk_bytes or len(group) >= _MAX_FILES:
+            size += file.size
+            if size >= chunk_bytes or len(group) >= _MAX_FILES:
                 yield _whole_files(group, number + 1)
-                group = []
+                group, size = [], 0
             continue
         if group:
             yield _whole_files(group, number)
-            group = []
+            group, size = [], 0
         cut = _byte_ranges if file.kind == "jsonl" else _compressed_lines
         yield from cut(file, number, chunk_bytes)
     if group:

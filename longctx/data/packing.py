@@ -97,7 +97,15 @@ def cut_documents(
         seq_len: see `cut`.
         tail: see `cut`.
         min_len: see `cut`.
+
+    Raises:
+        ConfigError: no piece can be as short as seq_len and as long as min_len.
     """
+    if not 1 <= max(1, min_len) <= seq_len:
+        raise ConfigError(
+            f"data.min_len={min_len} is above data.seq_len={seq_len}: nothing would be left; lower "
+            f"data.min_len or raise data.seq_len (at least 1)"
+        )
     full, rest = np.divmod(lengths, seq_len)
     kept = (rest >= max(1, min_len)) & ((full == 0) | (tail == "keep"))
     count = full + kept

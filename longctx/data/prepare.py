@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from ..errors import DataError
-from .assemble import REPAIR, assemble
+from ..errors import ConfigError, DataError
+from .assemble import REPAIR, assemble, remove_work
 from .documents import Source, open_source
 from .histogram import histogram_text
 from .index import Int64s
 from .split import hash_numbers, split
 from .store import Store, Verify, store_prefix
-from .tokenizers import fingerprint
+from .tokenizers import BYTES, fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
     from ..config.schema import DataConfig
@@ -47,8 +47,12 @@ class Prepared:
     """Tokens of all documents."""
     vocab_size: int
     """Of the tokenizer; of a store without a record: one more than its largest id."""
+    tokenizer: str | None
+    """For `load_tokenizer`; None for a foreign store whose ids the configured tokenizer does not make."""
+    num_skipped: int
+    """Files and lines that were not usable."""
     skipped: tuple[str, ...]
-    """Files and lines that were not usable, each with the reason."""
+    """The first of them, each with the reason."""
     created: bool
     """Whether this call tokenized, rather than found the store."""
 
@@ -70,9 +74,11 @@ def prepare(
     Raises:
         DataError: missing, unreadable, empty or damaged input, or a full disk.
     """
+    if not 0 <= config.held_out < 1:
+        raise ConfigError(f"data.held_out={config.held_out} is not a fraction; set it to 0 or more, below 1")
     prefix = store_prefix(config.path)
     if prefix is not None:
-        return _describe(Store(prefix), config, verify=verify, created=False)
+        return _open(prefix, config, verify=verify, created=False)
     cache = Path(config.cache_dir).expanduser()
     source = open_source(config.path, config.text_key, leave_out=cache)
     prefix = str(cache / f"{_slug(config.path)}-{_key(source, config)}")
@@ -81,9 +87,10 @@ def prepare(
         _make_folder(cache)
         with _locked(Path(prefix + ".lock"), progress):
             if not Path(prefix + ".json").exists():
-                assemble(prefix, source, config, progress=progress, chunk_bytes=chunk_bytes)
+                _assemble(prefix, source, config, progress=progress, chunk_bytes=chunk_bytes)
                 created = True
-    prepared = _describe(Store(prefix), config, verify="sizes" if created else verify, created=created)
+    remove_work(prefix)
+    prepared = _open(prefix, config, verify="sizes" if created else verify, created=created)
     if created and progress:
         print(describe(prepared, config.seq_len), file=sys.stderr)
     return prepared
@@ -97,30 +104,67 @@ def describe(prepared: Prepared, seq_len: int) -> str:
         f"{len(prepared.train_docs):,} documents to train on, {len(prepared.held_out_docs):,} held out; "
         f"store {prepared.prefix}"
     )
-    if prepared.skipped:
-        lines.append(f"{len(prepared.skipped):,} files or lines skipped, named in {prepared.prefix}.json:")
+    if prepared.num_skipped:
+        lines.append(f"{prepared.num_skipped:,} files or lines skipped, named in {prepared.prefix}.json:")
         lines += [f"  {name}" for name in prepared.skipped[:_SHOWN]]
     return "\n".join(lines)
 
 
-def _describe(store: Store, config: "DataConfig", *, verify: Verify, created: bool) -> Prepared:
+def _open(prefix: str, config: "DataConfig", *, verify: Verify, created: bool) -> Prepared:
+    store = Store(prefix)
     store.verify(verify)
-    skipped = tuple((store.meta or {}).get("skipped", ()))
-    if skipped and config.bad_files == "error":
-        raise DataError(f"{skipped[0]}; {REPAIR}")
+    meta: Any = store.meta or {"num_skipped": 0, "skipped": []}
+    if meta["num_skipped"] and config.bad_files == "error":
+        raise DataError(f"{meta['skipped'][0]}; {REPAIR}")
     hashes = hash_numbers(np.arange(len(store))) if store.records is None else store.records["text_hash"]
     train, held_out = split(np.asarray(hashes), config.held_out)
-    meta: Any = store.meta or {}
-    tokenizer = meta.get("tokenizer") or {"vocab_size": store.max_token() + 1}
+    vocab_size, tokenizer = _vocabulary(store, config.tokenizer)
     return Prepared(
-        prefix=store.prefix,
+        prefix=prefix,
         train_docs=train,
         held_out_docs=held_out,
         num_tokens=store.num_tokens,
-        vocab_size=int(tokenizer["vocab_size"]),
-        skipped=skipped,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        num_skipped=meta["num_skipped"],
+        skipped=tuple(meta["skipped"]),
         created=created,
     )
+
+
+def _vocabulary(store: Store, tokenizer: str) -> tuple[int, str | None]:
+    """Number of ids, and the tokenizer if it is the one that made them."""
+    if store.meta is not None:
+        made = store.meta["tokenizer"]
+        if made["fingerprint"] != fingerprint(tokenizer):
+            raise DataError(
+                f"{store.prefix} was made with the tokenizer {made['name']}, data.tokenizer={tokenizer} is "
+                f"another; set data.tokenizer to that one, or data.path to the documents"
+            )
+        return int(made["vocab_size"]), tokenizer
+    largest = store.max_token()
+    vocab_size = load_tokenizer(tokenizer).vocab_size
+    if largest < vocab_size:
+        return vocab_size, tokenizer
+    if tokenizer == BYTES:  # the default: nothing was said about a store that came without a record
+        return largest + 1, None
+    raise DataError(
+        f"{store.prefix} holds token {largest}, data.tokenizer={tokenizer} has {vocab_size} ids; set "
+        f"data.tokenizer to the tokenizer that made the store"
+    )
+
+
+def _assemble(
+    prefix: str, source: Source, config: "DataConfig", *, progress: bool, chunk_bytes: int | None
+) -> None:
+    try:
+        assemble(prefix, source, config, progress=progress, chunk_bytes=chunk_bytes)
+    except KeyboardInterrupt:
+        if progress:
+            print(
+                "interrupted; finished chunks are kept, the same command goes on from them", file=sys.stderr
+            )
+        raise
 
 
 def _slug(path: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from ..errors import DataError
 from .files import BlockHasher, atomic_file, hash_blocks
@@ -31,18 +30,6 @@ class Documents:
     records: npt.NDArray[np.void]
     """`store.RECORD` [n]."""
 
-    @classmethod
-    def of(cls, documents: Sequence[Sequence[int]]) -> "Documents":
-        """Documents without a text behind them, each from a file of its own."""
-        records = np.zeros(len(documents), dtype=RECORD)
-        records["file"] = np.arange(len(documents))
-        for record, document in zip(records, documents, strict=True):
-            record["text_bytes"] = max(0, len(document) - 1)
-            record["text_hash"] = xxhash.xxh3_64_intdigest(np.asarray(document, "<i8").tobytes())
-        tokens = np.array([token for document in documents for token in document], dtype=np.int64)
-        lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        return cls(tokens=tokens, lengths=lengths, records=records)
-
 
 def write_store(
     prefix: str,
@@ -50,7 +37,7 @@ def write_store(
     *,
     vocab_size: int,
     files: Sequence[str],
-    meta: Mapping[str, Any],
+    meta: Callable[[], Mapping[str, Any]],
 ) -> None:
     """Write a store; a reader sees all of it or none.
 
@@ -59,7 +46,7 @@ def write_store(
         parts: documents in order.
         vocab_size: decides the type of a token on disk.
         files: names of the source files that the records point to.
-        meta: more entries for PREFIX.json.
+        meta: makes more entries for PREFIX.json, called after the last part.
 
     Raises:
         NoDocumentsError: there is nothing to write.
@@ -91,7 +78,7 @@ def write_store(
         "max_token": max_token,
         "dtype": dtype.name,
     }
-    content = {"format": FORMAT, "version": VERSION, **totals, **meta, "files": _checksums(prefix, hasher)}
+    content = {"format": FORMAT, "version": VERSION, **totals, **meta(), "files": _checksums(prefix, hasher)}
     content["xxh3_64"] = meta_digest(content)
     _write(prefix + ".json", lambda file: file.write(json.dumps(content, indent=1, sort_keys=True).encode()))
 
