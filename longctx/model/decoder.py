@@ -14,7 +14,7 @@ from ..rope.spec import with_head_dim
 from ..rope.tables import Frequencies, RopeTable
 from .attention import Attend, Attention
 from .layers import FeedForward, RMSNorm
-from .shapes import vocab_rows
+from .params import vocab_rows
 
 
 class Block(nn.Module):

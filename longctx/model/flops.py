@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from math import prod
 
 from ..config.schema import ModelConfig
-from .shapes import block_shapes, vocab_rows
+from .params import block_shapes, vocab_rows
 
 FORWARD_AND_BACKWARD = 3
 """Each matmul of the forward has two in the backward: for its input and for its other operand."""

@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen2 and Qwen3 share one naming; a model's config decides which names exist. The
 layouts are equal too: both rotate half-split and store matrices as [out, in], so conversion only
-renames. Shapes: as in `shapes`.
+renames. Shapes: as in `params`.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError
-from .shapes import EMBEDDING, HEAD, parameter_shapes
+from .params import EMBEDDING, HEAD, parameter_shapes
 
 OUTER = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", HEAD: "lm_head.weight"}
 """Our names outside the layers -> Hugging Face's."""

@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeTable:
-    """What a rotation needs, for t tokens.
+    """What a rotation needs, for t tokens; not to be changed once made.
 
-    Deliberately no pytree: FSDP2 casts every floating tensor it finds among a block's arguments to
-    the parameter dtype, and a bfloat16 cosine would destroy the positions.
+    Deliberately neither a tuple nor a dataclass: FSDP2's mixed precision looks for floating tensors
+    in those among a block's arguments and casts them to the parameter dtype, and a bfloat16 cosine
+    destroys the positions.
+
+    Attributes:
+        cos: [t, 1, D/2], at least float32, times the method's attention factor.
+        sin: [t, 1, D/2], like `cos`.
     """
 
-    cos: Tensor
-    """[t, 1, D/2], at least float32, times the method's attention factor."""
-    sin: Tensor
-    """[t, 1, D/2], like `cos`."""
+    __slots__ = ("cos", "sin")
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,4 +74,4 @@ class Frequencies:
         angles = position_ids.to(torch.float64)[:, None] * inv_freq  # [t, D/2]
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = ((f(angles) * factor).to(wide)[:, None, :] for f in (torch.cos, torch.sin))
-        return RopeTable(cos=cos, sin=sin)
+        return RopeTable(cos, sin)

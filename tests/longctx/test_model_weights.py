@@ -10,7 +10,7 @@ from longctx.config.schema import ModelConfig, RopeConfig
 from longctx.errors import ConfigError
 from longctx.model.decoder import Decoder
 from longctx.model.loss import token_loss
-from longctx.model.shapes import parameter_shapes
+from longctx.model.params import parameter_shapes
 from longctx.model.weights import from_hf, from_hf_state, to_hf, to_hf_state
 
 VOCAB = 96

@@ -4,7 +4,7 @@ Shapes: E = hidden_size, F = ffn_size, H = num_heads, K = num_kv_heads, D = head
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..config.schema import ModelConfig
 from ..errors import ConfigError
@@ -13,8 +13,7 @@ EMBEDDING = "embedding.weight"
 HEAD = "head.weight"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterCount:
+class ParameterCount(NamedTuple):
     """How many numbers a model learns."""
 
     total: int
