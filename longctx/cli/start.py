@@ -36,9 +36,11 @@ def start(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[st
     local = choose_local(loaded.config)
     config, found = pinned(loaded.config, local)
     resolve(config, local.processes, local.device, node_ranks=local.processes)
-    from ..data.prepare import prepare
+    from ..data.prepare import describe, prepare
 
-    prepare(config.data, progress=True)
+    prepared = prepare(config.data, progress=True)
+    if prepared.created:
+        print(describe(prepared, config.data.seq_len))
     program = ["-m", "longctx", verb, *loaded.files, *loaded.overrides, *found, *options]
     become_launcher(
         [

@@ -5,6 +5,7 @@ cannot be entered in the middle, the lines themselves. The cut depends on the li
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -183,7 +184,7 @@ def _compressed_lines(file: SourceFile, number: int, chunk_bytes: int) -> Iterat
 
 def _lines(chunk: Chunk) -> list[bytes]:
     if chunk.lines is not None:
-        return chunk.lines.split(b"\n")[: chunk.lines.count(b"\n") + (not chunk.lines.endswith(b"\n"))]
+        return io.BytesIO(chunk.lines).readlines()
     with Path(chunk.files[0].path).open("rb") as file:
         _first_byte(file, chunk.start)
         lines = []

@@ -67,7 +67,7 @@ def prepare(
 
     Args:
         config: section `data`.
-        progress: show progress and, when a store is made, its length histogram, on standard error.
+        progress: show progress on standard error.
         verify: how thoroughly an existing store is compared with its checksums (`Store.verify`).
         chunk_bytes: text per chunk; by default 4 to 64 MiB, growing with the corpus.
 
@@ -90,10 +90,7 @@ def prepare(
                 _assemble(prefix, source, config, progress=progress, chunk_bytes=chunk_bytes)
                 created = True
     remove_work(prefix)
-    prepared = _open(prefix, config, verify="sizes" if created else verify, created=created)
-    if created and progress:
-        print(describe(prepared, config.seq_len), file=sys.stderr)
-    return prepared
+    return _open(prefix, config, verify="sizes" if created else verify, created=created)
 
 
 def describe(prepared: Prepared, seq_len: int) -> str:

@@ -126,23 +126,6 @@ class Store:
             return int(self.meta["max_token"])
         return max(int(self._block(block).max()) for block in self._sample("auto"))
 
-    def check_vocab(self, vocab_size: int) -> None:
-        """Refuse a store that holds ids the model has no row for.
-
-        The loader checks every batch again: of a large store without a record only a part is read here.
-
-        Raises:
-            DataError: naming the first document with such an id.
-        """
-        if self.max_token() < vocab_size:
-            return
-        for block in range(self._num_blocks):
-            where = np.flatnonzero(self._block(block) >= vocab_size)
-            if len(where):
-                place = block * self._block_tokens + int(where[0])
-                number = int(np.searchsorted(self.index.starts, place, side="right")) - 1
-                raise DataError(self.outside_vocab(number, int(self._tokens[place]), vocab_size))
-
     @property
     def _block_tokens(self) -> int:
         return BLOCK_BYTES // self.index.dtype.itemsize
