@@ -52,6 +52,11 @@ def in_turns(candidates: Mapping[str, Callable[[], None]], *, rounds: int) -> di
     return seconds
 
 
+def median(values: list[float]) -> float:
+    """Median."""
+    return statistics.median(values)
+
+
 def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     """Median over rounds of ours / theirs."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

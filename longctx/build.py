@@ -9,18 +9,22 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from parallel.layout import SequenceLayout
-from parallel.mesh import Mesh, build_mesh
+from torch.distributed import PrefixStore
+from torch.distributed import Store as RendezvousStore
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import parallelize
 from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
+from parallel.layout import SequenceLayout
+from parallel.mesh import Mesh, build_mesh
 
-from .config.check import parallel_config
+from .config.check import microbatch_tokens, parallel_config
 from .config.schema import Config, ModelConfig, TrainConfig
-from .data.loader import StepLoader
-from .data.prepare import prepare
+from .data.held_out import HeldOutBatch, held_out_batches, held_out_packs
+from .data.loader import StepLoader, step_packs
+from .data.prepare import Prepared, prepare
+from .data.store import Store
 from .errors import ConfigError
 from .model.decoder import Decoder
 from .model.init import init_parameters_
@@ -38,7 +42,7 @@ class World:
     """Number of processes."""
     device: torch.device
     """Where this rank's tensors live."""
-    store: dist.Store
+    store: RendezvousStore
     """Rendezvous store that all ranks reach."""
     epoch: int = 0
     """Membership epoch; prefixes every key in the store."""
@@ -70,8 +74,12 @@ class Run:
     """Wrapped model, this rank's shards."""
     optimizer: torch.optim.AdamW
     """Optimizer of the shards."""
-    data: StepLoader
+    store: Store
+    """Tokens of all documents."""
+    loader: StepLoader
     """This sequence group's microbatches by step."""
+    held_out: list[HeldOutBatch]
+    """This sequence group's microbatches of an evaluation."""
     progress: Progress
     """How far the run is."""
 
@@ -89,7 +97,7 @@ class Run:
 
     def close(self) -> None:
         """Stop the loader and drop every process group; `build` may follow."""
-        self.data.close()
+        self.loader.close()
         self.mesh.close()
         dist.destroy_process_group()
 
@@ -107,23 +115,25 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         ConfigError: the tokenizer does not fit the model, or shards do not fit the layout.
     """
     prepared = prepare(config.data, progress=False)
-    vocab_size = vocabulary(config.model, prepared.vocab_size)
-    model_config = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, model=model_config)
+    rows = vocabulary(config.model, prepared.vocab_size)
+    config = replace(config, model=replace(config.model, vocab_size=rows))
     _join(world)
     mesh = build_mesh(parallel_config(config), world.device.type)
     model = _model(config, mesh, world.device)
     if shards is None:
-        init_parameters_(model, model_config, seed=config.run.seed)
+        init_parameters_(model, config.run.seed, config.model)
     else:
         _adopt(model, shards)
+    store = Store(prepared.prefix)
     return Run(
         config=config,
         world=world,
         mesh=mesh,
         model=model,
         optimizer=_optimizer(model, config.train),
-        data=StepLoader(config.data, config.train, prepared, seed=config.run.seed, mesh=mesh),
+        store=store,
+        loader=_loader(config, mesh, store, prepared),
+        held_out=_held_out(config, mesh, store, prepared),
         progress=Progress(),
     )
 
@@ -150,7 +160,7 @@ def _join(world: World) -> None:
         torch.cuda.set_device(world.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"epoch-{world.epoch}", world.store),
+        store=PrefixStore(f"epoch-{world.epoch}", world.store),
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=world.timeout_s),
@@ -182,6 +192,43 @@ def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
                 f"shard {name} has shape {tuple(shards[name].shape)}, this layout wants {tuple(local.shape)}"
             )
         local.copy_(shards[name])
+
+
+def _loader(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> StepLoader:
+    packs = step_packs(
+        store,
+        prepared.train_docs,
+        config.data,
+        seed=config.run.seed,
+        microbatch_tokens=microbatch_tokens(config),
+        global_batch_tokens=config.train.global_batch_tokens,
+    )
+    return StepLoader(
+        store,
+        packs,
+        data_group_index=mesh.data_group_index,
+        num_data_groups=mesh.num_data_groups,
+        vocab_size=int(config.model.vocab_size),
+    )
+
+
+def _held_out(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> list[HeldOutBatch]:
+    if not len(prepared.held_out_docs):
+        return []
+    packs = held_out_packs(
+        store,
+        prepared.held_out_docs,
+        config.data,
+        microbatch_tokens=microbatch_tokens(config),
+        eval_tokens=config.train.eval_tokens,
+    )
+    return held_out_batches(
+        store,
+        packs,
+        data_group_index=mesh.data_group_index,
+        num_data_groups=mesh.num_data_groups,
+        vocab_size=int(config.model.vocab_size),
+    )
 
 
 def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:

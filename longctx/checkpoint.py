@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
 from safetensors import safe_open
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from parallel import comm
 
@@ -51,7 +52,7 @@ def save(run: Run) -> Path:
         with _together(run, f"preparing {partial}"):
             _prepare(run, partial)
         with _together(run, f"writing tensors to {partial}"):
-            dcp.save(_tensors(run), storage_writer=_writer(partial))
+            save_tensors(_tensors(run), storage_writer=_writer(partial))
         with _together(run, f"writing the manifest of {partial}"):
             _commit(run, partial, target)
     except CheckpointError as error:
@@ -125,7 +126,7 @@ def load(path: Path | str, run: Run) -> None:
         manifest = verify(path) if run.world.rank == 0 else _read_json(path / MANIFEST)
     tensors = _tensors(run)
     _check_same_model(path, manifest, tensors)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     state = _read_json(path / STATE)
     run.progress.step, run.progress.tokens = state["step"], state["tokens"]
     for slots in run.optimizer.state.values():
@@ -174,7 +175,7 @@ def _commit(run: Run, partial: Path, target: Path) -> None:
     names = sorted(path.name for path in partial.glob("*.safetensors"))
     mine = {name: _sync_and_hash(partial / name) for name in names[rank::size]}
     saved = _saved_elements(partial, names[rank::size])
-    gathered = comm.gather_json((mine, saved, _get_rng()), run.mesh.group("world"))
+    gathered = comm.gather_json((mine, saved, _get_rng()), group=run.mesh.group("world"))
     if rank != 0:
         return
     files = {name: entry for entries, _, _ in gathered for name, entry in entries.items()}
@@ -254,7 +255,7 @@ def _together(run: Run, doing: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         failure = f"rank {run.world.rank}, {doing}: {error}"
-    failures = [f for f in comm.gather_json(failure, run.mesh.group("world")) if f]
+    failures = [f for f in comm.gather_json(failure, group=run.mesh.group("world")) if f]
     if failures:
         raise CheckpointError(failures[0])
 

@@ -107,7 +107,7 @@ def _steps(session: Session) -> int:
         done = run.progress.step
         last = done == config.train.steps
         row = _row(session, result, time.perf_counter() - started)
-        if last or (config.train.eval_every and done % config.train.eval_every == 0):
+        if run.held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
             row |= evaluate(run)
         if last or "held_out_loss" in row or done % config.metrics.log_every == 0:
             _write(session, row)
@@ -126,7 +126,7 @@ def _one_step(session: Session) -> StepResult:
     try:
         return train_step(run, learning_rate(step, run.config.train), stop=session.stop.asked)
     except TrainingDiverged as error:
-        documents = ", ".join(run.data.documents(step)[:8])
+        documents = ", ".join(run.loader.documents(step)[:8])
         raise TrainingDiverged(
             f"step {step + 1}: {error}; parameters were not updated. Documents of the step: {documents}. "
             f"Last good checkpoint: {session.saved or 'none'}. Lower train.lr and resume"
@@ -136,8 +136,8 @@ def _one_step(session: Session) -> StepResult:
 def _row(session: Session, result: StepResult, seconds: float) -> Row:
     run = session.run
     step = run.progress.step - 1
-    lengths = run.data.lengths(step)
-    seconds, wait, memory = _slowest(run, seconds, run.data.wait_s, _peak_memory_gib(run.world.device))
+    lengths = throughput.step_lengths(run, step)
+    seconds, wait, memory = _slowest(run, seconds, run.loader.wait_s, _peak_memory_gib(run.world.device))
     flops = throughput.step_flops(run, step)
     return {
         "step": run.progress.step,
@@ -158,7 +158,7 @@ def _row(session: Session, result: StepResult, seconds: float) -> Row:
 
 def _slowest(run: Run, *values: float) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=run.world.device)
-    return comm.all_reduce(tensor, run.mesh.group("world"), op="max").tolist()
+    return comm.all_reduce(tensor, group=run.mesh.group("world"), op="max").tolist()
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -13,11 +13,11 @@ def opening(run: Run, resumed_from: Path | None, estimate_s: float | None) -> st
     config, degrees = run.config, run.config.parallel
     axes = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp", "ep")
     split = " x ".join(f"{axis} {getattr(degrees, axis)}" for axis in axes if getattr(degrees, axis) != 1)
-    total, _ = num_parameters(config.model)
+    total = num_parameters(config.model).total
     steps = config.train.steps - run.progress.step
     lines = [
-        f"model    {total / 1e6:,.2f}M parameters, {config.train.dtype}, {config.data.seq_len:,} tokens context",
-        f"data     {config.data.path}: {run.data.describe()}",
+        f"model    {total / 1e6:,.2f}M parameters, {config.train.dtype}, context {config.data.seq_len:,}",
+        f"data     {config.data.path}: {len(run.store):,} documents, {run.store.num_tokens:,} tokens",
         f"layout   {run.world.size} x {run.world.device.type}: {split or 'one process'}",
         f"steps    {steps} of up to {config.train.global_batch_tokens:,} tokens",
     ]

@@ -2,9 +2,10 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..config.schema import MetricsConfig
 from .metrics import METRICS, check_names
@@ -111,12 +112,12 @@ class WandbSink:
     def __init__(self, config: MetricsConfig, folder: Path, resolved: dict[str, Any]) -> None:
         import wandb
 
-        mode = config.wandb
-        if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+        mode: Literal["online", "offline"] = "online" if config.wandb == "online" else "offline"
+        if config.wandb == "auto" and wandb.api.api_key:
+            mode = "online"
         identity = folder / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=config.project,
             id=identity.read_text().strip(),

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from parallel.layout import SequenceLayout
 
 from parallel import comm, fsdp, grads
+from parallel.layout import SequenceLayout
 
 from ..build import Run
 from ..data.batch import LocalBatch, PackedBatch
@@ -34,7 +34,7 @@ def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepRes
     Raises:
         TrainingDiverged: loss or gradient norm is not finite; parameters are not updated.
     """
-    total = backward(run, run.data.step(run.progress.step), extra=(float(stop),))
+    total = backward(run, run.loader.step(run.progress.step), extra=(float(stop),))
     norm = grads.clip_(run.model.parameters(), run.config.train.max_grad_norm, mesh=run.mesh)
     loss, tokens, stops = total.tolist()
     tokens = int(tokens)
@@ -93,13 +93,17 @@ def forward(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, Seq
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
-    """Held-out loss in nats per token and bits per byte of text, equal on all ranks."""
-    sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    """Held-out loss in nats per token and, where the text is known, bits per byte; equal on all ranks."""
+    sums = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+    speaker = run.mesh.coordinate("cp") == 0  # one rank of each sequence group counts its bytes
     run.model.eval()
-    for batch in run.data.held_out():
-        loss_sum, tokens = batch_loss(run, batch)
-        sums += torch.stack((loss_sum.double(), tokens.double()))
+    for held_out in run.held_out:
+        loss_sum, tokens = batch_loss(run, held_out.batch)
+        text_bytes = (held_out.text_bytes or 0.0) if speaker else 0.0
+        sums += torch.stack((loss_sum.double(), tokens.double(), sums.new_tensor(text_bytes)))
     run.model.train()
-    loss, tokens = comm.all_reduce(sums, run.mesh.group("data")).tolist()
-    bits = loss / math.log(2) / max(1, run.data.held_out_bytes)
-    return {"held_out_loss": loss / max(1, tokens), "held_out_bits_per_byte": bits}
+    loss, tokens, text_bytes = comm.all_reduce(sums, group=run.mesh.group("data")).tolist()
+    result = {"held_out_loss": loss / max(1, tokens)}
+    if text_bytes:
+        result["held_out_bits_per_byte"] = loss / math.log(2) / text_bytes
+    return result

@@ -45,9 +45,14 @@ def _matmul_rate(dtype: torch.dtype, seconds: float = 0.15) -> float:
     return 2 * size**3 / best
 
 
+def step_lengths(run: Run, step: int) -> list[int]:
+    """Tokens of every document piece of a step, over all data groups."""
+    return [piece.length for pack in run.loader.packs(step) for piece in pack]
+
+
 def step_flops(run: Run, step: int) -> float:
     """Causal model FLOPs of a step over all ranks, from its real document lengths."""
-    return causal_flops(run.config.model, run.data.lengths(step))
+    return causal_flops(run.config.model, step_lengths(run, step))
 
 
 def estimate_seconds(run: Run, peak: float | None, *, samples: int = 32) -> float | None:

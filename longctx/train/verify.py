@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
+from torch.distributed import HashStore
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel import comm
@@ -19,6 +19,7 @@ from ..build import Run, World, build
 from ..config.check import microbatch_tokens
 from ..config.memory import FILL, estimate, vocab_estimate
 from ..config.schema import Config, DegreesConfig
+from ..data.batch import PackedBatch, build_batch
 from .step import backward, forward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -107,16 +108,21 @@ def _fitting_layers(config: Config, limit_bytes: float) -> int:
 
 
 def _reference(config: Config, world: World) -> Reference:
-    alone = World(rank=0, size=1, device=world.device, store=dist.HashStore(), timeout_s=world.timeout_s)
+    alone = World(rank=0, size=1, device=world.device, store=HashStore(), timeout_s=world.timeout_s)
     run = build(replace(config, parallel=DegreesConfig(dp_shard=1, ring=1, ulysses=1)), alone)
     try:
         with torch.no_grad():
-            logits = forward(run, run.data.packed(0)[0])[0][: _logit_rows(run)].clone()
-        loss, tokens = backward(run, run.data.step(0)).tolist()
+            logits = forward(run, _first_batch(run))[0][: _logit_rows(run)].clone()
+        loss, tokens = backward(run, run.loader.step(0)).tolist()
         gradients = {name: _gradient(p).full_tensor().clone() for name, p in run.model.named_parameters()}
     finally:
         run.close()
     return Reference(loss=loss / max(1, tokens), logits=logits, gradients=gradients)
+
+
+def _first_batch(run: Run) -> PackedBatch:
+    """The step's first pack, whichever data group trains on it."""
+    return build_batch(run.store, run.loader.packs(0)[0])
 
 
 def _logit_rows(run: Run) -> int:
@@ -126,10 +132,10 @@ def _logit_rows(run: Run) -> int:
 
 def _compare(run: Run, reference: Reference | None) -> Iterator[Difference]:
     """Differences in the order in which a wrong value shows itself: forward, then backward."""
-    first = run.data.packed(0)[0]
+    first = _first_batch(run)
     with torch.no_grad():
         logits, _, layout = forward(run, first)
-    loss_sum, tokens = backward(run, run.data.step(0)).tolist()
+    loss_sum, tokens = backward(run, run.loader.step(0)).tolist()
     yield _loss_difference(run, reference, loss_sum / max(1, tokens))
     yield _logit_difference(run, reference, logits, layout.token_index)
     floor = _floor(run, reference)
@@ -139,7 +145,7 @@ def _compare(run: Run, reference: Reference | None) -> Iterator[Difference]:
 
 def _loss_difference(run: Run, reference: Reference | None, loss: float) -> Difference:
     expected = torch.tensor([reference.loss if reference else 0.0], dtype=torch.float64)
-    expected = comm.broadcast(expected.to(run.world.device), 0, run.mesh.group("world"))
+    expected = comm.broadcast(expected.to(run.world.device), src=0, group=run.mesh.group("world"))
     found = torch.tensor([loss], dtype=torch.float64, device=expected.device)
     return _difference(run, "loss", found, expected, scale=float(expected.abs().max()))
 
@@ -147,9 +153,9 @@ def _loss_difference(run: Run, reference: Reference | None, loss: float) -> Diff
 def _logit_difference(
     run: Run, reference: Reference | None, logits: torch.Tensor, index: torch.Tensor
 ) -> Difference:
-    rows = min(_logit_rows(run), run.data.packed(0)[0].num_tokens)
+    rows = min(_logit_rows(run), _first_batch(run).num_tokens)
     expected = reference.logits if reference else logits.new_empty(rows, logits.shape[1])
-    expected = comm.broadcast(expected, 0, run.mesh.group("world"))
+    expected = comm.broadcast(expected, src=0, group=run.mesh.group("world"))
     held = (index < rows).nonzero()[:, 0]
     mine = expected[index[held].to(expected.device)]
     scale = float(expected.abs().max())
@@ -164,7 +170,7 @@ def _gradient_difference(
     whole = whole.to(run.world.device)
     expected = distribute_tensor(whole, found.device_mesh, found.placements)  # rank 0 scatters
     biggest = torch.tensor(float(whole.abs().max()) if reference else 0.0, dtype=torch.float64)
-    biggest = comm.all_reduce(biggest.to(run.world.device), run.mesh.group("world"), op="max")
+    biggest = comm.all_reduce(biggest.to(run.world.device), group=run.mesh.group("world"), op="max")
     scale = max(float(biggest), floor)
     return _difference(run, f"gradient of {name}", found.to_local(), expected.to_local(), scale=scale)
 
@@ -176,7 +182,7 @@ def _floor(run: Run, reference: Reference | None) -> float:
         largest = torch.stack([g.abs().max().double() for g in reference.gradients.values()])
         median = float(largest.median())
     shared = torch.tensor(median, dtype=torch.float64, device=run.world.device)
-    return FLOOR * float(comm.all_reduce(shared, run.mesh.group("world"), op="max"))
+    return FLOOR * float(comm.all_reduce(shared, group=run.mesh.group("world"), op="max"))
 
 
 def _difference(
@@ -185,7 +191,7 @@ def _difference(
     """This rank's largest error against the others'; NaN counts as the largest of all."""
     local = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
     error = float(local.max()) / (scale or 1.0) if local.numel() else 0.0
-    errors = comm.gather_json(error, run.mesh.group("world"))
+    errors = comm.gather_json(error, group=run.mesh.group("world"))
     rank = max(range(len(errors)), key=lambda r: errors[r])
     return Difference(name=name, error=errors[rank], scale=scale, rank=rank, stage=run.mesh.coordinate("pp"))
 

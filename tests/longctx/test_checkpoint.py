@@ -1,0 +1,209 @@
+"""Checkpoints: resumed runs, other layouts, every kind of damage, nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import LAYOUTS, make_config, make_world, write_corpus
+
+from longctx import checkpoint
+from longctx.build import build
+from longctx.errors import CheckpointError
+from longctx.train.loop import train
+from longctx.train.step import train_step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_corpus(folder / "docs")
+    return folder
+
+
+def train_rank(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> int:
+    config = make_config(base, name, size=size, layout=layout, extra=extra)
+    return train(config, make_world(base / name, rank, size))
+
+
+def run_layout(base, name: str, layout: str, *extra: str) -> list[dict]:
+    size, degrees = LAYOUTS[layout]
+    (base / name).mkdir(exist_ok=True)
+    (base / name / "rendezvous").unlink(missing_ok=True)
+    assert run_ranks(train_rank, size, base, name, degrees, extra, init=False) == [0] * size
+    return [json.loads(line) for line in (base / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base):
+    return run_layout(base, "whole", "ulysses2", "train.steps=6", "checkpoint.every=3", "checkpoint.keep=9")
+
+
+def copy_at_step_3(base, name: str) -> None:
+    """A run folder as a kill after step 3's checkpoint, in the middle of step 5, leaves it."""
+    shutil.copytree(base / "whole", base / name)
+    shutil.rmtree(base / name / "ckpt" / "step-00000006")
+    lines = (base / name / "metrics.jsonl").read_text().splitlines()
+    (base / name / "metrics.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
+
+
+def test_resumed_run_is_bit_identical(base, uninterrupted):
+    copy_at_step_3(base, "same")
+    rows = run_layout(base, "same", "ulysses2", "train.steps=6", "run.resume=true")
+    exact = ("step", "tokens", "loss", "grad_norm", "lr", "held_out_loss")
+    assert [[row.get(key) for key in exact] for row in rows] == [
+        [row.get(key) for key in exact] for row in uninterrupted
+    ]
+
+
+@pytest.mark.parametrize("layout", ["one", "ring2", "shard2-ring2"])
+def test_resumed_with_another_world_size_or_layout_stays_within_tolerance(base, uninterrupted, layout):
+    copy_at_step_3(base, f"to-{layout}")
+    rows = run_layout(base, f"to-{layout}", layout, "train.steps=6", "run.resume=true")
+    assert losses(rows) == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert losses(rows)[:3] == losses(uninterrupted)[:3]
+
+
+def test_no_pickle_and_a_manifest_of_everything(base, uninterrupted):
+    folder = checkpoint.latest_good(base / "whole" / "ckpt")
+    names = {path.name for path in folder.iterdir()}
+    assert all(name.endswith((".safetensors", ".json")) for name in names)
+    manifest = checkpoint.verify(folder)
+    assert set(manifest["files"]) | {"manifest.json"} == names
+    assert manifest["tensors"]["model.layers.1.attention.wk.weight"]["shape"] == [16, 32]
+    assert "optim.norm.weight.exp_avg_sq" in manifest["tensors"]
+
+
+def damaged(base, tmp_path, name: str):
+    """A copy of both checkpoints, and one file of the newer to damage."""
+    shutil.copytree(base / "whole" / "ckpt", tmp_path / "ckpt")
+    newest = tmp_path / "ckpt" / "step-00000006"
+    found = sorted(newest.glob(name))
+    assert found
+    return tmp_path / "ckpt", found[0]
+
+
+@pytest.mark.parametrize("name", ["*.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damage_is_named_and_the_checkpoint_before_is_used(
+    base, uninterrupted, tmp_path, name, damage, capsys
+):
+    folder, file = damaged(base, tmp_path, name)
+    content = bytearray(file.read_bytes())
+    if damage == "delete":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content if damage == "flip" else content[:-1])
+    with pytest.raises(CheckpointError, match=file.name):
+        checkpoint.verify(file.parent)
+    assert checkpoint.latest_good(folder).name == "step-00000003"
+    # Without its manifest a folder never counted as a checkpoint, so there is nothing to warn of.
+    assert (file.name in capsys.readouterr().out) == (not (name == "manifest.json" and damage == "delete"))
+
+
+def load_other_model(rank: int, size: int, base) -> str:
+    config = make_config(base, "other", extra=("model.hidden_size=48",))
+    run = build(config, make_world(base / "other", rank, size))
+    try:
+        checkpoint.load(base / "whole" / "ckpt" / "step-00000006", run)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        run.close()
+    return ""
+
+
+def test_another_model_is_refused_by_the_first_tensor_that_differs(base, uninterrupted):
+    (base / "other").mkdir()
+    message = run_ranks(load_other_model, 1, base, init=False)[0]
+    assert "another model" in message and "[16, 32]" in message and "[16, 48]" in message
+
+
+def save_on_full_disk(rank: int, size: int, base) -> tuple[str, list[str]]:
+    """Rank 1's writes fail from the second checkpoint on."""
+    config = make_config(base, "full", size=size, layout={"dp_shard": size})
+    run = build(config, make_world(base / "full", rank, size))
+    train_step(run, 1e-4)
+    checkpoint.save(run)
+    train_step(run, 1e-4)
+    if rank == 1:
+
+        def full(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        checkpoint.sync_file = full
+    try:
+        checkpoint.save(run)
+        message = ""
+    except CheckpointError as error:
+        message = str(error)
+    run.close()
+    return message, sorted(p.name for p in (base / "full" / "ckpt").iterdir())
+
+
+def test_a_full_disk_on_one_rank_fails_every_rank_and_keeps_the_previous_checkpoint(base):
+    (base / "full").mkdir()
+    for message, left in run_ranks(save_on_full_disk, 2, base, init=False):
+        assert "rank 1" in message and "No space left" in message and "step-00000001" in message
+        assert left == ["step-00000001"]
+    checkpoint.verify(base / "full" / "ckpt" / "step-00000001")
+
+
+def not_enough_space(rank: int, size: int, base) -> str:
+    config = make_config(base, "space")
+    run = build(config, make_world(base / "space", rank, size))
+    checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)
+    try:
+        checkpoint.save(run)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        run.close()
+    return ""
+
+
+def test_free_space_is_checked_before_writing(base):
+    (base / "space").mkdir()
+    message = run_ranks(not_enough_space, 1, base, init=False)[0]
+    assert "GiB free" in message and "run.dir" in message
+
+
+def save_and_prune(rank: int, size: int, base) -> list[str]:
+    config = make_config(base, "prune", extra=("checkpoint.keep=2",))
+    run = build(config, make_world(base / "prune", rank, size))
+    for _ in range(4):
+        train_step(run, 1e-4)
+        checkpoint.save(run)
+    run.close()
+    return [path.name for path in checkpoint.list_checkpoints(base / "prune" / "ckpt")]
+
+
+def test_only_the_latest_are_kept(base):
+    (base / "prune").mkdir()
+    assert run_ranks(save_and_prune, 1, base, init=False)[0] == ["step-00000003", "step-00000004"]
+
+
+def rng_round_trip(rank: int, size: int, base) -> bool:
+    config = make_config(base, "rng", size=size, layout={"dp_shard": size})
+    run = build(config, make_world(base / "rng", rank, size))
+    torch.manual_seed(100 + rank)
+    path = checkpoint.save(run)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    checkpoint.load(path, run)
+    same = torch.equal(torch.rand(3), expected)
+    run.close()
+    return same
+
+
+def test_every_rank_gets_its_random_state_back(base):
+    (base / "rng").mkdir()
+    assert run_ranks(rng_round_trip, 2, base, init=False) == [True, True]
