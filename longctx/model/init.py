@@ -7,6 +7,7 @@ process, any FSDP size and any tensor-parallel split start from the same bits.
 
 import hashlib
 import math
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +54,18 @@ def init_parameters_(model: nn.Module, seed: int, config: ModelConfig) -> None:
     Source: Language Models are Unsupervised Multitask Learners (GPT-2, 2019), sec. 2.3.
     """
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-    for name, parameter in model.named_parameters():
-        shard = _shard(parameter)
-        if name.endswith("norm.weight"):
-            shard.local.fill_(1.0)
-        elif name.endswith(".bias"):
-            shard.local.zero_()
-        elif parameter.ndim == 2:
-            std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else config.init_std
-            _fill_normal(shard, seed, name, std)
-        else:
-            raise ValueError(f"no initialisation rule for {name} of shape {tuple(parameter.shape)}; add one")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, parameter in model.named_parameters():
+            shard = _shard(parameter)
+            if name.endswith("norm.weight"):
+                shard.local.fill_(1.0)
+            elif name.endswith(".bias"):
+                shard.local.zero_()
+            elif parameter.ndim == 2:
+                std = residual_std if name.endswith(RESIDUAL_OUTPUTS) else config.init_std
+                _fill_normal(shard, f"{seed}/{name}", std, pool=pool)
+            else:
+                raise ValueError(f"no rule to initialise {name} of shape {tuple(parameter.shape)}; add one")
 
 
 def _shard(parameter: Tensor) -> _Shard:
@@ -74,22 +76,28 @@ def _shard(parameter: Tensor) -> _Shard:
     return _Shard(local=parameter.to_local(), shape=tuple(parameter.shape), offset=tuple(offset))
 
 
-def _fill_normal(shard: _Shard, seed: int, name: str, std: float) -> None:
+def _fill_normal(shard: _Shard, stream: str, std: float, *, pool: Executor) -> None:
     if shard.local.numel() == 0:
         return
     (num_rows, width), (first, left) = shard.shape, shard.offset
     last, right = first + shard.local.shape[0], left + shard.local.shape[1]
     size = max(1, BLOCK_ELEMENTS // width)  # rows per block
-    for block in range(first // size, -(-last // size)):
-        start, stop = block * size, min((block + 1) * size, num_rows)
-        generator = torch.Generator(device="cpu").manual_seed(_stream(seed, name, block))
-        values = torch.empty(stop - start, width, dtype=torch.float32, device="cpu")
-        values.normal_(0.0, std, generator=generator)
-        low, high = max(start, first), min(stop, last)
-        shard.local[low - first : high - first].copy_(values[low - start : high - start, left:right])
+
+    def draw(block: int) -> Tensor:
+        generator = torch.Generator(device="cpu").manual_seed(_number(f"{stream}/{block}"))
+        rows = min(size, num_rows - block * size)
+        values = torch.empty(rows, width, dtype=torch.float32, device="cpu")
+        return values.normal_(0.0, std, generator=generator)
+
+    blocks, batch = range(first // size, -(-last // size)), torch.get_num_threads()
+    for drawn in (blocks[i : i + batch] for i in range(0, len(blocks), batch)):  # few blocks in memory
+        for block, values in zip(drawn, pool.map(draw, drawn), strict=True):
+            start = block * size
+            low, high = max(start, first), min(start + len(values), last)
+            shard.local[low - first : high - first].copy_(values[low - start : high - start, left:right])
 
 
-def _stream(seed: int, name: str, block: int) -> int:
+def _number(stream: str) -> int:
     """A generator seed that is the same on every machine, unlike Python's `hash`."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
