@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,9 @@ def test_a_folder_that_holds_a_run_is_refused_unless_resumed(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         check_unused(tmp_path / "file", resume=True)
+
+
+def test_the_page_lists_every_metric_with_its_unit():
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for metric in METRICS.values():
+        assert f"| `{metric.name}` | {metric.unit or 'count'} | {metric.reduction} |" in page
