@@ -67,7 +67,7 @@ class SequenceLayout:
     """Communication plans computed from this layout, kept for the next layer's call."""
 
     @staticmethod
-    def build(  # noqa: PLR0913 -- the public seam; all but the first are keywords
+    def build(
         cu_seqlens: Sequence[int] | np.ndarray | torch.Tensor,
         *,
         ring: int,

@@ -86,7 +86,7 @@ class Mesh:
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
-        """Device mesh for FSDP2: dp_shard x cp flattened, under dp_replicate when there are replicas (HSDP)."""
+        """Device mesh for FSDP2: dp_shard x cp flattened; with replicas dp_replicate outside it (HSDP)."""
         if self.config.dp_replicate == 1:
             return self._flat["fsdp"]
         with warnings.catch_warnings():
@@ -115,8 +115,9 @@ class Mesh:
         except KeyError:
             built = sorted(self._splits)
             raise ConfigError(
-                f"no groups for ring={ring} x ulysses={ulysses}; this mesh has (ring, ulysses) in {built}. Set "
-                "parallel.ring and parallel.ulysses to this split, or both to 1 to have every split of the data ranks"
+                f"no groups for ring={ring} x ulysses={ulysses}; this mesh has (ring, ulysses) in {built}. "
+                "Set parallel.ring and parallel.ulysses to this split, or both to 1 to have every split "
+                "of the data ranks"
             ) from None
 
     def close(self) -> None:
@@ -190,15 +191,17 @@ def _add_axes(mesh: Mesh, timeout: timedelta) -> None:
 
 
 def _add_splits(mesh: Mesh, timeout: timedelta) -> None:
-    data = mesh.group("data")
     handles: dict[tuple[int, ...], Any] = {}
+    for ranks in _all_groups(mesh.config):
+        # Every rank names every group in one order, as new_group demands; only members pay for it.
+        handle = dist.new_group(list(ranks), timeout=timeout)
+        if mesh.rank in ranks:
+            handles[ranks] = handle
+            mesh._owned.append(handle)
+    data = mesh.group("data")
 
     def group(axis: str, members: Iterable[int]) -> Group:
         ranks = tuple(data.ranks[i] for i in members)
-        if len(ranks) > 1 and ranks not in handles:
-            # Local synchronisation: only members meet, so a rank creates log^2 groups, not all of them.
-            handles[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-            mesh._owned.append(handles[ranks])
         return Group(
             axis=axis,
             rank=ranks.index(mesh.rank),
@@ -217,6 +220,23 @@ def _add_splits(mesh: Mesh, timeout: timedelta) -> None:
             ulysses_group=ulysses_group,
             group=group("cp", members["cp"]),
         )
+
+
+def _all_groups(config: ParallelConfig) -> list[tuple[int, ...]]:
+    """Global ranks of every sequence group of more than one rank, each once, in an order all ranks share."""
+    local = {
+        tuple(members)
+        for rank in range(config.data_ranks)
+        for split in sequence_splits(config, rank).values()
+        for members in split.values()
+        if len(members) > 1
+    }
+    stages = [range(pp * config.data_ranks, (pp + 1) * config.data_ranks) for pp in range(config.pp)]
+    return [
+        tuple(stage[i] * config.tp + tp for i in members)
+        for stage, tp in product(stages, range(config.tp))
+        for members in sorted(local)
+    ]
 
 
 def sequence_splits(config: ParallelConfig, data_rank: int) -> Mapping[tuple[int, int], dict[str, range]]:
