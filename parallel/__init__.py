@@ -1,1 +1,1 @@
-"""How work is split: mesh, layouts, collectives, attention over a split sequence, FSDP. Knows nothing of longctx."""
+"""How work is split: mesh, layouts, collectives, attention over split sequences, FSDP."""
