@@ -6,7 +6,7 @@ token. T: tokens of the microbatch, N: pieces, t: tokens of one rank.
 
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -109,10 +109,14 @@ def build_batch(store: Store, pack: Pack, *, vocab_size: int | None = None) -> P
     targets = np.zeros(offsets[-1], dtype=np.int64)
     loss_mask = np.zeros(offsets[-1], dtype=np.bool_)
     for piece, offset in zip(pack, offsets, strict=False):
-        part = slice(offset, offset + piece.length)
-        _read_piece(store, piece, input_ids[part], targets[part], loss_mask[part])
-        if vocab_size is not None:
-            _check_ids(store, piece, input_ids[part], vocab_size)
+        tokens = _read(store, piece, vocab_size)
+        known = len(tokens) - 1  # targets: the piece's last token has one unless it ends its document
+        input_ids[offset : offset + piece.length] = tokens[: piece.length]
+        targets[offset : offset + known] = tokens[1:]
+        trained = (
+            store.spans.mask(piece.doc, piece.start + 1, piece.start + 1 + known) if store.spans else True
+        )
+        loss_mask[offset : offset + known] = trained
     lengths = np.diff(offsets)
     positions = np.arange(offsets[-1], dtype=np.int64) - np.repeat(np.asarray(offsets[:-1]), lengths)
     return PackedBatch(
@@ -126,24 +130,11 @@ def build_batch(store: Store, pack: Pack, *, vocab_size: int | None = None) -> P
     )
 
 
-def _read_piece(
-    store: Store,
-    piece: Piece,
-    input_ids: npt.NDArray[np.int64],
-    targets: npt.NDArray[np.int64],
-    loss_mask: npt.NDArray[np.bool_],
-) -> None:
-    """Fill [length] slices; the targets of a piece inside its document reach one token past it."""
+def _read(store: Store, piece: Piece, vocab_size: int | None) -> npt.NDArray[Any]:
+    """Tokens of a piece and, where its document goes on, the next one."""
     stop = min(piece.start + piece.length + 1, int(store.lengths[piece.doc]))
     tokens = store.document(piece.doc, piece.start, stop)
-    known = len(tokens) - 1
-    input_ids[:] = tokens[: piece.length]
-    targets[:known] = tokens[1:]
-    trained = True if store.spans is None else store.spans.mask(piece.doc, piece.start + 1, stop)
-    loss_mask[:known] = trained
-
-
-def _check_ids(store: Store, piece: Piece, tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
-    wrong = tokens[(tokens >= vocab_size) | (tokens < 0)]
-    if len(wrong):
-        raise DataError(store.outside_vocab(piece.doc, int(wrong[0]), vocab_size))
+    if vocab_size is not None and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
+        wrong = int(tokens[(tokens >= vocab_size) | (tokens < 0)][0])
+        raise DataError(store.outside_vocab(piece.doc, wrong, vocab_size))
+    return tokens

@@ -183,7 +183,9 @@ class EpochPacks:
             [np.zeros(0, np.int64), *(items[members] for members, k in zip(bins, keep, strict=True) if not k)]
         )
         kept = np.flatnonzero(keep)
-        shuffled = kept[np.argsort(hash_numbers(kept, hash_key(self._key, len(self._windows))))]
+        shuffled = kept[
+            np.argsort(hash_numbers(kept, hash_key(self._key, len(self._windows))), kind="stable")
+        ]
         self._windows.append([items[bins[i]] for i in shuffled])
         self._ends.append(self.count + len(kept))
 
