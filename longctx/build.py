@@ -180,6 +180,7 @@ def _model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
     return model
 
 
+@torch.no_grad()
 def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     if parameters.keys() != shards.keys():

@@ -32,6 +32,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _PREFIX = "step-"
 
+# What one rank wrote: file entries, saved elements of each tensor, random state.
+_Written = tuple[dict[str, Any], dict[str, int], dict[str, str]]
+
 
 def save(run: Run) -> Path:
     """Write a checkpoint of `run` at its current step; all ranks call it together.
@@ -53,8 +56,12 @@ def save(run: Run) -> Path:
             _prepare(run, partial)
         with _together(run, f"writing tensors to {partial}"):
             save_tensors(_tensors(run), storage_writer=_writer(partial))
+        with _together(run, f"syncing {partial}"):
+            mine = _seal(run, partial)
+        written = comm.gather_json(mine, group=run.mesh.group("world"))
         with _together(run, f"writing the manifest of {partial}"):
-            _commit(run, partial, target)
+            if run.world.rank == 0:
+                _commit(run, partial, target, written)
     except CheckpointError as error:
         if run.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -138,7 +145,10 @@ def load(path: Path | str, run: Run) -> None:
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
     """Parameters and AdamW moments by global name; missing moments are created as zeros."""
     tensors: dict[str, torch.Tensor] = {}
+    optimized = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     for name, parameter in run.model.named_parameters():
+        if id(parameter) not in optimized:
+            raise CheckpointError(f"{name} is not what the optimizer updates: the model is still gathered")
         slots = run.optimizer.state[parameter]
         if not slots:
             slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -169,25 +179,26 @@ def _prepare(run: Run, partial: Path) -> None:
         )
 
 
-def _commit(run: Run, partial: Path, target: Path) -> None:
-    """Hash and sync this rank's files; rank 0 writes state and manifest, then renames."""
-    rank, size = run.world.rank, run.world.size
+def _seal(run: Run, partial: Path) -> _Written:
+    """Sync, hash and measure this rank's share of the files."""
     names = sorted(path.name for path in partial.glob("*.safetensors"))
-    mine = {name: _sync_and_hash(partial / name) for name in names[rank::size]}
-    saved = _saved_elements(partial, names[rank::size])
-    gathered = comm.gather_json((mine, saved, _get_rng()), group=run.mesh.group("world"))
-    if rank != 0:
-        return
-    files = {name: entry for entries, _, _ in gathered for name, entry in entries.items()}
+    mine = names[run.world.rank :: run.world.size]
+    files = {name: _sync_and_hash(partial / name) for name in mine}
+    return files, _saved_elements(partial, mine), _get_rng()
+
+
+def _commit(run: Run, partial: Path, target: Path, written: list[_Written]) -> None:
+    """State and manifest, then the name under which the folder counts as a checkpoint."""
+    files = {name: entry for entries, _, _ in written for name, entry in entries.items()}
     state = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
         "optimizer_step": run.progress.step,
-        "rng": [rng for _, _, rng in gathered],
+        "rng": [rng for _, _, rng in written],
     }
     write_text(partial / STATE, json.dumps(state, indent=1))
     files[STATE] = _sync_and_hash(partial / STATE)
-    coverage = _coverage(run, [saved for _, saved, _ in gathered])
+    coverage = _coverage(run, [saved for _, saved, _ in written])
     body = {"format": FORMAT, "step": run.progress.step, "files": files, "tensors": coverage}
     signed = body | {"checksum": xxhash.xxh3_64_hexdigest(_canonical(body))}
     write_text(partial / MANIFEST, json.dumps(signed, indent=1))

@@ -5,7 +5,8 @@ different numbers of tokens, so no per-rank mean is ever right: FSDP reduces wit
 `grads.normalize_` divides once by the step's token count.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,22 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, policy: 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """Every FSDP-wrapped module below `model`, the root included."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def forward_only(model: nn.Module) -> Iterator[None]:
+    """Run forwards that no backward follows.
+
+    FSDP keeps the root gathered after its forward, for a backward that never comes here: until it
+    is sharded again, `model.parameters()` are whole plain tensors that no optimizer knows, and a
+    checkpoint taken then would miss their moments.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in fsdp_modules(model):
+            module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

@@ -91,17 +91,15 @@ def forward(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, Seq
     return logits, local, layout
 
 
-@torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
     """Held-out loss in nats per token and, where the text is known, bits per byte; equal on all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=run.world.device)
     speaker = run.mesh.coordinate("cp") == 0  # one rank of each sequence group counts its bytes
-    run.model.eval()
-    for held_out in run.held_out:
-        loss_sum, tokens = batch_loss(run, held_out.batch)
-        text_bytes = (held_out.text_bytes or 0.0) if speaker else 0.0
-        sums += torch.stack((loss_sum.double(), tokens.double(), sums.new_tensor(text_bytes)))
-    run.model.train()
+    with fsdp.forward_only(run.model):
+        for held_out in run.held_out:
+            loss_sum, tokens = batch_loss(run, held_out.batch)
+            text_bytes = (held_out.text_bytes or 0.0) if speaker else 0.0
+            sums += torch.stack((loss_sum.double(), tokens.double(), sums.new_tensor(text_bytes)))
     loss, tokens, text_bytes = comm.all_reduce(sums, group=run.mesh.group("data")).tolist()
     result = {"held_out_loss": loss / max(1, tokens)}
     if text_bytes:

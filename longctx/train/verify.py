@@ -13,7 +13,7 @@ import torch
 from torch.distributed import HashStore
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from parallel import comm
+from parallel import comm, fsdp
 
 from ..build import Run, World, build
 from ..config.check import microbatch_tokens
@@ -111,7 +111,7 @@ def _reference(config: Config, world: World) -> Reference:
     alone = World(rank=0, size=1, device=world.device, store=HashStore(), timeout_s=world.timeout_s)
     run = build(replace(config, parallel=DegreesConfig(dp_shard=1, ring=1, ulysses=1)), alone)
     try:
-        with torch.no_grad():
+        with fsdp.forward_only(run.model):
             logits = forward(run, _first_batch(run))[0][: _logit_rows(run)].clone()
         loss, tokens = backward(run, run.loader.step(0)).tolist()
         gradients = {name: _gradient(p).full_tensor().clone() for name, p in run.model.named_parameters()}
@@ -133,7 +133,7 @@ def _logit_rows(run: Run) -> int:
 def _compare(run: Run, reference: Reference | None) -> Iterator[Difference]:
     """Differences in the order in which a wrong value shows itself: forward, then backward."""
     first = _first_batch(run)
-    with torch.no_grad():
+    with fsdp.forward_only(run.model):
         logits, _, layout = forward(run, first)
     loss_sum, tokens = backward(run, run.loader.step(0)).tolist()
     yield _loss_difference(run, reference, loss_sum / max(1, tokens))

@@ -6,6 +6,7 @@ death ("connection closed") comes first.
 """
 
 import importlib.util
+import io
 import multiprocessing
 import os
 import signal
@@ -50,7 +51,7 @@ def _serve(pipe: Connection, where: tuple[str, str], rank: int, size: int, job: 
             store = dist.FileStore(os.path.join(folder, "store"), size)
             timeout = timedelta(seconds=seconds)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-        pipe.send(("ok", function(rank, size, *args)))
+        pipe.send(("ok", _packed(function(rank, size, *args))))
         if init and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -59,6 +60,21 @@ def _serve(pipe: Connection, where: tuple[str, str], rank: int, size: int, job: 
         pipe.close()
         os._exit(1)  # a rank in the middle of a collective must not wait for it while exiting
     pipe.close()
+
+
+def _packed(value: object) -> bytes:
+    """Bytes of a result; a tensor sent as it is would live in the memory of a rank that has ended."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> object:
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 def run_ranks(function, size: int, *args, timeout: float = 50.0, init: bool = True) -> list:
@@ -116,7 +132,7 @@ def _collect(pipes: list[Connection], processes: list, deadline: float) -> list:
                 failures[rank] = _death(processes[rank].exitcode)
     if failures or waiting:
         raise RankError(_report(failures, sorted(waiting)))
-    return [results[rank] for rank in range(len(pipes))]
+    return [_unpacked(results[rank]) for rank in range(len(pipes))]
 
 
 def _death(code: int | None) -> str:
