@@ -26,7 +26,7 @@ def normalize_(parameters: Iterable[nn.Parameter], *, mesh: Mesh, sums: torch.Te
     Cost:
         One all-reduce of n numbers; after backward, so the count need not be known before.
     """
-    total = comm.all_reduce(sums.clone(), mesh.group("data"))
+    total = comm.all_reduce(sums.clone(), group=mesh.group("data"))
     # A step in which every token is masked has zero gradients: divide by 1, not by 0.
     torch._foreach_div_(_local_gradients(parameters), total[1].clamp(min=1))
     return total
@@ -50,7 +50,7 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float, *, mesh: Mesh) ->
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     norms = torch._foreach_norm([g.to(dtype) for g in gradients], 2)
     square = torch.stack(norms).square().sum()
-    norm = comm.all_reduce(square, mesh.group("fsdp")).sqrt()
+    norm = comm.all_reduce(square, group=mesh.group("fsdp")).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -24,8 +24,12 @@ def opening(run: Run, resumed_from: Path | None, estimate_s: float | None) -> st
     if resumed_from is not None:
         lines.append(f"resumed  step {run.progress.step} from {resumed_from}")
     if estimate_s is not None:
-        lines.append(f"estimate about {max(1, round(estimate_s / 60))} min ({estimate_s:.0f} s)")
+        lines.append(f"estimate about {_words(estimate_s)}")
     return "\n".join(lines)
+
+
+def _words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
 def box(run: Run, figures: dict[str, Any], *, stopped_by: str | None) -> None:

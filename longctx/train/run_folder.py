@@ -15,7 +15,6 @@ import torch
 import yaml
 
 from ..config.schema import Config
-from ..errors import ConfigError
 from ..files import write_text
 
 RESOLVED = "config.resolved.yaml"
@@ -56,23 +55,6 @@ class RunFolder:
             seconds = time.monotonic() - self._started
             summary = {"exit_code": exit_code, "wall_s": round(seconds, 3)} | figures
             write_text(self.path / SUMMARY, json.dumps(summary, indent=1))
-
-
-def check_unused(folder: Path | str, *, resume: bool) -> None:
-    """Refuse a folder that holds another run, unless it is to be resumed.
-
-    Raises:
-        ConfigError: the folder has metrics or checkpoints and `run.resume` is not set.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.dir={folder} is a file; choose a folder")
-    if resume or not ((folder / METRICS).exists() or (folder / "ckpt").exists()):
-        return
-    raise ConfigError(
-        f"run.dir={folder} already holds a run; add run.resume=true to continue it, "
-        "or set run.dir to a new folder"
-    )
 
 
 def environment() -> dict[str, Any]:

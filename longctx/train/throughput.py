@@ -18,7 +18,7 @@ BF16_PEAK_TFLOPS = {
     "MI250X": 191.5,
 }
 # Share of the matmul rate that a small model reaches over a whole step on CPU; the estimate's one constant.
-CPU_STEP_EFFICIENCY = 0.45
+CPU_STEP_EFFICIENCY = 0.37
 GPU_STEP_EFFICIENCY = 0.35
 
 

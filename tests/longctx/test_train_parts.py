@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from longctx.config.schema import Config, RunConfig, TrainConfig
-from longctx.errors import ConfigError
 from longctx.train.metrics import METRICS, check_names
-from longctx.train.run_folder import RunFolder, check_unused
+from longctx.train.run_folder import RunFolder
 from longctx.train.schedule import learning_rate
 from longctx.train.sinks import JsonlSink, TerminalSink
 from longctx.train.stop import StopRequest
@@ -120,18 +119,6 @@ def test_other_ranks_write_only_their_log(tmp_path):
     folder.finish(0)
     assert [p.name for p in tmp_path.iterdir()] == ["logs"]
     assert "start" in (tmp_path / "logs" / "rank_3.log").read_text()
-
-
-def test_a_folder_that_holds_a_run_is_refused_unless_resumed(tmp_path):
-    check_unused(tmp_path / "new", resume=False)
-    check_unused(tmp_path, resume=False)
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.resume=true"):
-        check_unused(tmp_path, resume=False)
-    check_unused(tmp_path, resume=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        check_unused(tmp_path / "file", resume=True)
 
 
 def test_the_page_lists_every_metric_with_its_unit():
