@@ -11,9 +11,9 @@ from ..errors import DataError
 from .chunks import Chunk, Skip, cut_source, lines_before
 from .documents import Source
 from .files import named_disk_full
-from .progress import open_progress
+from .progress import Progress, open_progress
 from .shards import load_shard
-from .tokenizers import load_tokenizer
+from .tokenizers import Tokenizer, load_tokenizer
 from .workers import tokenize_all
 from .writer import Documents, NoDocumentsError, write_store
 
@@ -27,19 +27,31 @@ Plan = list[tuple[Path, int]]
 """Shard files in reading order, each with the number of its first source file."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Where finished chunks wait; chunks of another size are other chunks."""
+
+    folder: Path
+    """Holds one shard per chunk."""
+    chunk_bytes: int
+    """Text per chunk."""
+
+
 def assemble(
     prefix: str, source: Source, config: "DataConfig", *, progress: bool, chunk_bytes: int | None
 ) -> None:
     """Make the store `prefix`; see `prepare` for the arguments and errors."""
     if chunk_bytes is None:
         chunk_bytes = min(max(_MIN_CHUNK, source.size // _CHUNKS), _MAX_CHUNK)
-    work = Path(f"{prefix}.work-{chunk_bytes}")
+    work = Work(folder=Path(f"{prefix}.work-{chunk_bytes}"), chunk_bytes=chunk_bytes)
+    tokenizer = load_tokenizer(config.tokenizer)
     _remove_partial(prefix)
     try:
-        with named_disk_full(work):
-            work.mkdir(exist_ok=True)
-            plan = _tokenize(work, source, config, progress=progress, chunk_bytes=chunk_bytes)
-            _merge(prefix, plan, source, config)
+        with named_disk_full(work.folder):
+            work.folder.mkdir(exist_ok=True)
+            with open_progress(f"tokenizing {source.path}", source.size, show=progress) as advance:
+                plan = _tokenize(work, source, config, tokenizer=tokenizer, advance=advance)
+            _merge(prefix, plan, source, tokenizer)
     finally:
         _remove_partial(prefix)
 
@@ -58,38 +70,35 @@ def _remove_partial(prefix: str) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _tokenize(work: Path, source: Source, config: "DataConfig", *, progress: bool, chunk_bytes: int) -> Plan:
+def _tokenize(
+    work: Work, source: Source, config: "DataConfig", *, tokenizer: Tokenizer, advance: Progress
+) -> Plan:
     """Make the missing shards; returns all of them."""
     plan: Plan = []
-    with open_progress(f"tokenizing {source.path}", source.size, show=progress) as advance:
 
-        def missing() -> Iterator[tuple[Chunk, Path]]:
-            for number, chunk in enumerate(cut_source(source, chunk_bytes)):
-                path = work / f"{number:08d}.npz"
-                plan.append((path, chunk.first_file))
-                if path.exists():
-                    advance(chunk.weight)
-                else:
-                    yield chunk, path
+    def missing() -> Iterator[tuple[Chunk, Path]]:
+        for number, chunk in enumerate(cut_source(source, work.chunk_bytes)):
+            path = work.folder / f"{number:08d}.npz"
+            plan.append((path, chunk.first_file))
+            if path.exists():
+                advance(chunk.weight)
+            else:
+                yield chunk, path
 
-        workers = config.workers or len(os.sched_getaffinity(0))
-        workers = max(1, min(workers, -(-source.size // chunk_bytes)))
-        finished = tokenize_all(
-            missing(), tokenizer=config.tokenizer, text_key=config.text_key, workers=workers
-        )
-        for chunk, skipped in finished:
-            advance(chunk.weight)
-            if skipped and config.bad_files == "error":
-                named = _named(source, skipped[0], lines_before(chunk))
-                raise DataError(f"{named}; {REPAIR}")
+    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = max(1, min(workers, -(-source.size // work.chunk_bytes)))
+    finished = tokenize_all(missing(), tokenizer=tokenizer, text_key=source.text_key, workers=workers)
+    for chunk, skipped in finished:
+        advance(chunk.weight)
+        if skipped and config.bad_files == "error":
+            raise DataError(f"{_named(source, skipped[0], lines_before(chunk))}; {REPAIR}")
     return plan
 
 
 REPAIR = "repair or remove it, or set data.bad_files=skip"
 
 
-def _merge(prefix: str, plan: Plan, source: Source, config: "DataConfig") -> None:
-    tokenizer = load_tokenizer(config.tokenizer)
+def _merge(prefix: str, plan: Plan, source: Source, tokenizer: Tokenizer) -> None:
     skipped = _Skipped()
     about = {name: getattr(tokenizer, name) for name in ("name", "fingerprint", "vocab_size", "eos_id")}
     try:

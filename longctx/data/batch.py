@@ -113,10 +113,10 @@ def build_batch(store: Store, pack: Pack, *, vocab_size: int | None = None) -> P
         known = len(tokens) - 1  # targets: the piece's last token has one unless it ends its document
         input_ids[offset : offset + piece.length] = tokens[: piece.length]
         targets[offset : offset + known] = tokens[1:]
-        trained = (
-            store.spans.mask(piece.doc, piece.start + 1, piece.start + 1 + known) if store.spans else True
-        )
-        loss_mask[offset : offset + known] = trained
+        loss_mask[offset : offset + known] = True
+        if store.spans is not None:
+            first = piece.start + 1
+            loss_mask[offset : offset + known] = store.spans.mask(piece.doc, first, first + known)
     lengths = np.diff(offsets)
     positions = np.arange(offsets[-1], dtype=np.int64) - np.repeat(np.asarray(offsets[:-1]), lengths)
     return PackedBatch(

@@ -1,12 +1,12 @@
 """Tokenized chunks: written whole by the process that made them, merged in order at the end.
 
-A shard is one uncompressed .npz (zip entries carry CRC-32, no pickle): `tokens`, `lengths`, `records`
-as in `writer.Documents`, with lines counted inside the chunk, and `info`, JSON with the number of
-lines and what was skipped. A kill loses the chunks in work, no finished shard.
+A shard is an uncompressed .npz without pickle (`tokens`, `lengths`, `records` as in
+`writer.Documents`, lines counted inside the chunk, and `info`, JSON with the number of lines and what
+was skipped), followed by its xxh3-64. A kill loses the chunks in work, no finished shard.
 """
 
+import io
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,17 @@ def save_shard(path: Path, shard: Shard) -> None:
     """Write a shard, whole or not at all."""
     skipped = [[skip.file, skip.line, skip.reason] for skip in shard.skipped]
     info = json.dumps({"num_lines": shard.num_lines, "skipped": skipped}).encode()
+    content = io.BytesIO()
+    np.savez(
+        content,
+        tokens=shard.documents.tokens,
+        lengths=shard.documents.lengths,
+        records=shard.documents.records,
+        info=np.frombuffer(info, dtype=np.uint8),
+    )
     with atomic_file(path) as file:
-        np.savez(
-            file,
-            tokens=shard.documents.tokens,
-            lengths=shard.documents.lengths,
-            records=shard.documents.records,
-            info=np.frombuffer(info, dtype=np.uint8),
-        )
+        file.write(content.getbuffer())
+        file.write(xxhash.xxh3_64_digest(content.getbuffer()))
 
 
 def load_shard(path: Path) -> Shard:
@@ -78,16 +81,12 @@ def load_shard(path: Path) -> Shard:
     Raises:
         DataError: it is damaged; it is deleted, so that the next run makes it again.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            info = json.loads(arrays["info"].tobytes())
-            documents = Documents(
-                tokens=arrays["tokens"], lengths=arrays["lengths"], records=arrays["records"]
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        path.unlink(missing_ok=True)
-        raise DataError(
-            f"{path} was damaged ({error}) and is deleted; run the same command again to make it anew"
-        ) from error
+    data = path.read_bytes()
+    if xxhash.xxh3_64_digest(data[:-8]) != data[-8:]:
+        path.unlink()
+        raise DataError(f"{path} was damaged and is deleted; run the same command again to make it anew")
+    with np.load(io.BytesIO(data[:-8]), allow_pickle=False) as arrays:
+        info = json.loads(arrays["info"].tobytes())
+        documents = Documents(tokens=arrays["tokens"], lengths=arrays["lengths"], records=arrays["records"])
     skipped = tuple(Skip(file=file, line=line, reason=reason) for file, line, reason in info["skipped"])
     return Shard(documents=documents, num_lines=info["num_lines"], skipped=skipped)

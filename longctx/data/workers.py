@@ -10,7 +10,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,18 +19,20 @@ from typing import Any
 from ..errors import DataError
 from .chunks import Chunk, Skip
 from .shards import save_shard, tokenize_chunk
-from .tokenizers import load_tokenizer
+from .tokenizers import Tokenizer, load_tokenizer
 
 Job = tuple[Chunk, Path]
 Result = tuple[Chunk, tuple[Skip, ...]]
 
 
-def tokenize_all(jobs: Iterable[Job], *, tokenizer: str, text_key: str, workers: int) -> Iterator[Result]:
+def tokenize_all(
+    jobs: Iterable[Job], *, tokenizer: Tokenizer, text_key: str, workers: int
+) -> Iterator[Result]:
     """Tokenize chunks into shards, in parallel.
 
     Args:
         jobs: chunks and the shard files to write; drawn as processes become free.
-        tokenizer: name for `load_tokenizer`, loaded once by each process.
+        tokenizer: loaded again by each process, by its name.
         text_key: key of the text in a JSON line.
         workers: processes; with 1 this process does the work.
 
@@ -41,13 +43,12 @@ def tokenize_all(jobs: Iterable[Job], *, tokenizer: str, text_key: str, workers:
         DataError: the disk is full, or a process died.
     """
     if workers == 1:
-        loaded = load_tokenizer(tokenizer)
         for chunk, path in jobs:
-            shard = tokenize_chunk(chunk, text_key, loaded)
+            shard = tokenize_chunk(chunk, text_key, tokenizer)
             save_shard(path, shard)
             yield chunk, shard.skipped
         return
-    with _started(workers, tokenizer, text_key) as processes:
+    with _started(workers, tokenizer.name, text_key) as processes:
         yield from _feed(iter(jobs), processes)
 
 
@@ -77,7 +78,8 @@ def _feed(jobs: Iterator[Job], processes: dict[Connection, ForkServerProcess]) -
     while True:
         while idle and (job := next(jobs, None)) is not None:
             pipe = idle.pop()
-            pipe.send(job)
+            with suppress(BrokenPipeError):  # it died: its pipe ends, which is read as the answer
+                pipe.send(job)
             working[pipe] = job[0]
         if not working:
             return
@@ -91,7 +93,7 @@ def _feed(jobs: Iterator[Job], processes: dict[Connection, ForkServerProcess]) -
 def _answer(pipe: Connection, process: ForkServerProcess, chunk: Chunk) -> tuple[Skip, ...]:
     try:
         kind, value = pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         process.join()
         raise DataError(
             f"the process that tokenized {chunk.files[0].name} died (exit code {process.exitcode}; -9 is "
@@ -123,4 +125,7 @@ def _serve(pipe: Connection, tokenizer: str, text_key: str) -> None:
             answer = ("data", str(error))
         except Exception:
             answer = ("error", traceback.format_exc())
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody listens any more; the chunk is on disk
+            os._exit(0)

@@ -73,7 +73,7 @@ def test_empty_batch_has_the_types_of_a_full_one(store):
 
 
 def test_token_outside_the_model_names_its_document(store):
-    pieces = (Piece(1, 0, 2), Piece(0, 0, 6))
+    pieces = (Piece(1, 0, 1), Piece(0, 0, 6))
     with pytest.raises(DataError, match=r"token 256 in doc0 is not in model.vocab_size=256; .* at least 257"):
         build_batch(store, pieces, vocab_size=256)
 

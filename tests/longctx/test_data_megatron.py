@@ -1,5 +1,7 @@
 """The store's format is Megatron-core's: each side reads what the other wrote."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,10 @@ from longctx.data.prepare import prepare
 from longctx.data.store import Store
 from longctx.errors import DataError
 
-with pytest.warns(UserWarning):  # it misses Transformer Engine
+with warnings.catch_warnings(action="ignore"):  # it misses Transformer Engine
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 WIDE = [[70000, 3, 9], [1], [5, 69999]]
 documents = st.lists(st.lists(st.integers(0, 256), min_size=1, max_size=9), min_size=1, max_size=6)
