@@ -47,7 +47,7 @@ def histogram_text(lengths: Int64s, seq_len: int) -> str:
         share = c.tokens / total
         bar = "#" * round(share * _BAR)
         span = f"{c.low:,} to {2 * c.low - 1:,}"
-        lines.append(f"{span:>22}  {c.documents:>10,}  {c.tokens:>15,}  {share:6.1%} {bar}")
+        lines.append(f"{span:>22}  {c.documents:>10,}  {c.tokens:>15,}  {share:6.1%} {bar}".rstrip())
     reach = lengths >= seq_len
     lines.append(
         f"{len(lengths):,} documents, {int(lengths.sum()):,} tokens; {int(reach.sum()):,} documents "
