@@ -11,9 +11,11 @@ from ..comm import all_reduce, gather_rows
 from ..errors import ConfigError, UnsupportedError
 from ..layout import SequenceLayout
 from ..mesh import Mesh, SequenceGroups
+from .allgather import GatherRoute
 from .backends import check_name, choose
 from .check import check_tensors
 from .engine import Call, Route, run
+from .gather_plan import gather_plan
 from .heads import head_blocks, split_heads
 from .kernels import Kernel
 from .local import local_route
@@ -64,12 +66,20 @@ def _ring_route(shares: Shares, layout: SequenceLayout, groups: SequenceGroups, 
     return RingRoute(plan=plan, group=groups.ring_group, wire_dtype=options.wire_dtype)
 
 
+def _gather_route(shares: Shares, layout: SequenceLayout, groups: SequenceGroups, options: Options) -> Route:
+    if layout.ring == 1:
+        return local_route(shares)
+    plan = gather_plan(shares, layout.ring_rank)
+    return GatherRoute(plan=plan, group=groups.ring_group, wire_dtype=options.wire_dtype)
+
+
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
         "local": Strategy(route=_ring_route, ring=False, ulysses=False),
         "ulysses": Strategy(route=_ring_route, ring=False, ulysses=True),
         "ring": Strategy(route=_ring_route, ring=True, ulysses=False),
         "usp": Strategy(route=_ring_route, ring=True, ulysses=True),
+        "allgather": Strategy(route=_gather_route, ring=True, ulysses=True),
     }
 )
 """What `make_attention` knows; a new strategy is one more entry."""

@@ -19,7 +19,7 @@ import torch
 from ..comm import Group, Pending, exchange
 from .plan import Step
 from .ring_plan import GradientHop, RingPlan, Transfer
-from .tiles import Ranges, count
+from .rows import add_rows, pack
 
 Tensor = torch.Tensor
 
@@ -41,20 +41,25 @@ class RingRoute:
     def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Own keys first, then each origin's rows as they arrive."""
         inbox: dict[int, tuple[Tensor, Pending]] = {}
-        held = k, v
+        held = None
         for number, step in enumerate(self.plan.steps):
             if number in inbox:
-                block, pending = inbox.pop(number)
+                held, pending = inbox.pop(number)
                 pending.wait()
-                held = block[0], block[1]
+                k, v = held[0], held[1]
             elif number:
-                held = k[:0], v[:0]
+                k, v = k[:0], v[:0]
             for transfer in self.plan.transfers[number]:
-                inbox[transfer.target] = self._start(transfer, *held)
-            yield step, *held
+                inbox[transfer.target] = self._start(transfer, k, v, held)
+            yield step, k, v
 
-    def _start(self, transfer: Transfer, k: Tensor, v: Tensor) -> tuple[Tensor, Pending]:
-        sends = [(transfer.send_to, _pack(k, v, transfer.send))] if transfer.send else []
+    def _start(self, transfer: Transfer, k: Tensor, v: Tensor, held: Tensor | None) -> tuple[Tensor, Pending]:
+        sends = []
+        if transfer.send:
+            whole = held is not None and transfer.send == ((0, held.shape[1]),)
+            sends.append(
+                (transfer.send_to, held if whole and held is not None else pack(k, v, transfer.send))
+            )
         block = k.new_empty(2, transfer.receive, *k.shape[1:])
         receives = [(transfer.receive_from, block)] if transfer.receive else []
         return block, exchange(sends, receives, self.group, kind=KEYS, step=transfer.target)
@@ -80,11 +85,11 @@ class RingGradients:
         if self._number == 0:
             exact = torch.promote_types(dk.dtype, torch.float32)
             self._own = dk.to(exact), dv.to(exact)
-            block = _pack(*self._own, self._plan.own)
+            block = pack(*self._own, self._plan.own)
         else:
             block = self._arrived().to(torch.promote_types(dk.dtype, torch.float32))
-            _add(block[0], dk, hop.into)
-            _add(block[1], dv, hop.into)
+            add_rows(block[0], dk, hop.into)
+            add_rows(block[1], dv, hop.into)
         self._pass_on(hop, block.to(self._wire))
         self._number += 1
 
@@ -110,23 +115,3 @@ class RingGradients:
         coming = block.new_empty(2, hop.receive, *block.shape[2:])
         receives = [(hop.receive_from, coming)] if hop.receive else []
         self._arriving = coming, exchange(sends, receives, self._group, kind=GRADIENTS, step=self._number)
-
-
-def _pack(k: Tensor, v: Tensor, rows: Ranges) -> Tensor:
-    """[2, rows, K, D]: the given rows of both, contiguous; the block itself if it is all of it."""
-    whole = rows == ((0, k.shape[0]),) and k.is_contiguous() and v.is_contiguous()
-    if whole and k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr():
-        start = k.storage_offset()
-        if v.storage_offset() == start + k.numel():
-            return k.as_strided((2, *k.shape), (k.numel(), *k.stride()), start)
-    packed = k.new_empty(2, count(rows), *k.shape[1:])
-    for target, source in zip(packed, (k, v), strict=True):
-        torch.cat([source[start:stop] for start, stop in rows], out=target) if rows else None
-    return packed
-
-
-def _add(block: Tensor, part: Tensor, into: Ranges) -> None:
-    first = 0
-    for start, stop in into:
-        block[start:stop] += part[first : first + stop - start]
-        first += stop - start

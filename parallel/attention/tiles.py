@@ -187,7 +187,7 @@ def trimmed(tile: Tile) -> Tile | None:
     left = 0 if high is None else max(0, top - high)
     right = tile.columns if low is None else min(tile.columns, bottom - low)
     rows, columns = bottom - top, right - left
-    if rows <= 0 or columns <= 0:
+    if rows <= 0 or columns <= 0 or (low is not None and high is not None and low > high):
         return None
     low = None if low is None or low - top + left <= 1 - columns else low - top + left
     high = None if high is None or high - top + left >= rows - 1 else high - top + left
