@@ -18,11 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from . import command, processes
+from .failure import first_failure
 from .protocol import DONE, FAILED, PREFLIGHT_FAILED, REQUEUE, read_status
 
 POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-KILLED_BY_SIGTERM = "exitcode  : -15"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,19 +126,23 @@ def _verdict(job: Job, code: int, stop: Stop, report: str) -> int:
         return 128 + signal.SIGINT
     status = read_status(job.status) if job.status else None
     if status and (status.exit_code != DONE or code == 0):
-        if status.exit_code == FAILED:
+        if status.exit_code == FAILED and status.error:
             say(f"error: rank {status.rank} failed first: {status.error}")
         return status.exit_code
     if code == 0:
         return DONE
-    if stop.asked and KILLED_BY_SIGTERM in report:
-        say("stopped before training began")
+    failure = first_failure(report)
+    if stop.asked and failure and failure.exit_code == -signal.SIGTERM:
+        say("stopped before the program could handle the signal; nothing was saved")
         return REQUEUE
-    say(report.rstrip() or "torchrun gave no reason")
-    say(
-        f"error: torchrun ended with {code}, and no worker said why" + (f"; see {job.log}" if job.log else "")
-    )
+    if failure is None:  # torchrun itself failed: its words are all there is
+        say(report.rstrip())
+    say(f"error: {failure or f'torchrun ended with exit code {code}'}" + _see(job.log))
     return code if code > 0 else 128 - code
+
+
+def _see(log: Path | None) -> str:
+    return f"; its own words are above, torchrun's report is {log}" if log else ""
 
 
 @contextmanager

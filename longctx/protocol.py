@@ -18,12 +18,16 @@ STATUS_KEYS = ("exit_code", "rank", "error")
 HEARTBEAT_KEYS = ("rank", "step", "phase", "progress")
 
 
-def write_status(path: Path, exit_code: int, *, rank: int, error: str = "") -> None:
+def write_status(path: Path, exit_code: int, *, rank: int, error: str = "") -> bool:
     """Say how the job ended, unless another rank has said so already.
 
     The first word stands: a rank that fails by itself writes before its peers notice. The file
     appears whole or not at all.
+
+    Returns:
+        Whether this rank was the first.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"exit_code": exit_code, "rank": rank, "error": error})
     partial = path.with_name(f".{path.name}.{rank}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -32,7 +36,8 @@ def write_status(path: Path, exit_code: int, *, rank: int, error: str = "") -> N
         os.fsync(file.fileno())
     try:
         os.link(partial, path)
+        return True
     except FileExistsError:
-        pass
+        return False
     finally:
         partial.unlink()

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     from ..data.prepare import describe, prepare
     from ..data.store import Store
 
-    prepared = prepare(config.data, progress=False if arguments.options.json else True)
+    prepared = prepare(config.data, progress=not arguments.options.json)
     if not arguments.options.json:
         print(describe(prepared, config.data.seq_len))
         return 0

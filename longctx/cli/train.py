@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.load import load
+from ..config.schema import Config
 from .arguments import make_parser, parse
 from .folder import STATUS, check_unused
 from .start import start, under_torchrun
+from .worker import work
+
+if TYPE_CHECKING:
+    from ..build import World
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,9 +24,14 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(arguments.files, arguments.overrides)
     folder = Path(loaded.config.run.dir)
     if under_torchrun():
-        from ..train.loop import train
-        from .worker import work
-
-        return work(loaded, train, status=folder / STATUS)
+        return work(loaded, _body, status=folder / STATUS)
     check_unused(folder, resume=loaded.config.run.resume)
     start("train", loaded, folder=folder)
+
+
+def _body(config: Config, world: "World") -> int:
+    from ..train.loop import train  # torch: only where a worker needs it
+
+    if world.rank == 0:
+        check_unused(Path(config.run.dir), resume=config.run.resume)
+    return train(config, world)

@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.load import load
+from ..config.schema import Config
 from .arguments import make_parser, parse
 from .folder import STATUS
 from .start import start, under_torchrun
+from .worker import work
+
+if TYPE_CHECKING:
+    from ..build import World
 
 
 def run(argv: Sequence[str]) -> int:
@@ -21,10 +27,13 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(arguments.files, (*arguments.overrides, f"train.dtype={dtype}"))
     folder = Path(loaded.config.run.dir, "verify")
     if under_torchrun():
-        from ..train.verify import verify
-        from .worker import work
-
-        return work(loaded, verify, status=folder / STATUS)
+        return work(loaded, _body, status=folder / STATUS)
     start(
         "verify", replace(loaded, overrides=arguments.overrides), folder=folder, options=[f"--dtype={dtype}"]
     )
+
+
+def _body(config: Config, world: "World") -> int:
+    from ..train.verify import verify  # torch: only where a worker needs it
+
+    return verify(config, world)

@@ -1,13 +1,11 @@
 """One process of a group that torchrun started."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.distributed.rendezvous import rendezvous
-
-from ..build import World
 from ..config.check import resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
@@ -15,31 +13,36 @@ from ..errors import ConfigError, DataError
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE, write_status
 from .packages import check_packages
 
+if TYPE_CHECKING:
+    from ..build import World
 
-def work(loaded: LoadedConfig, body: Callable[[Config, World], int], *, status: Path) -> int:
+
+def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status: Path) -> int:
     """Resolve the configuration for the world that torchrun made and run one rank of it.
 
     Args:
         loaded: as given on the command line of every rank.
         body: what this rank does; returns the exit code.
         status: where the job's end is told to the launcher.
+
+    Returns:
+        The exit code of this rank.
     """
     rank = int(os.environ["RANK"])
     try:
         code = body(_resolved(loaded), _world(loaded.config))
-        error = "" if code in (DONE, REQUEUE) else f"see logs/rank_{rank}.log"
+    except (ConfigError, DataError) as problem:
+        if write_status(status, BAD_INPUT, rank=rank, error=str(problem)):  # else a peer has said it
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        return BAD_INPUT
     except Exception as problem:
-        bad_input = isinstance(problem, ConfigError | DataError)
-        _tell(status, BAD_INPUT if bad_input else FAILED, rank, f"{type(problem).__name__}: {problem}")
+        write_status(status, FAILED, rank=rank, error=f"{type(problem).__name__}: {problem}")
         raise
-    if rank == 0 or code not in (DONE, REQUEUE):
-        _tell(status, code, rank, error)
+    if rank == 0:
+        write_status(status, code, rank=rank)
+    elif code not in (DONE, REQUEUE) and write_status(status, code, rank=rank, error="see its log"):
+        print(f"error: rank {rank} ended with exit code {code}; see its log", file=sys.stderr, flush=True)
     return code
-
-
-def _tell(status: Path, exit_code: int, rank: int, error: str) -> None:
-    status.parent.mkdir(parents=True, exist_ok=True)
-    write_status(status, exit_code, rank=rank, error=error)
 
 
 def _resolved(loaded: LoadedConfig) -> Config:
@@ -55,11 +58,18 @@ def _resolved(loaded: LoadedConfig) -> Config:
 def _device(config: Config) -> str:
     if config.run.device != "auto":
         return config.run.device
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _world(config: Config) -> World:
+def _world(config: Config) -> "World":
     """This process among the others, from the variables that torchrun sets."""
+    import torch
+    from torch.distributed.rendezvous import rendezvous
+
+    from ..build import World
+
     store, rank, size = next(rendezvous("env://"))
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if _device(config) == "cuda" else torch.device("cpu")
