@@ -1,6 +1,8 @@
 """Exact attention over a sequence that is split among ranks."""
 
+from .attend import Attention, make_attention
 from .mask import Mask
-from .registry import STRATEGIES, Attention, make_attention
+from .registry import STRATEGIES
+from .traffic import Traffic, traffic
 
-__all__ = ["STRATEGIES", "Attention", "Mask", "make_attention"]
+__all__ = ["STRATEGIES", "Attention", "Mask", "Traffic", "make_attention", "traffic"]

@@ -18,14 +18,11 @@ import torch
 
 from ..comm import Group, exchange
 from .gather_plan import GatherPlan
-from .plan import Step
+from .plan import GRADIENTS, KEYS, Step
 from .rows import add_rows, pack
 from .tiles import count
 
 Tensor = torch.Tensor
-
-KEYS, GRADIENTS = "gather_kv", "gather_dkv"
-"""Labels of the two kinds of exchanges in `comm.Counter`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ A route says in which steps key blocks arrive and where their gradients go; this
 Shapes: n rows of this rank, H and K its query and key/value heads, D head dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,8 +48,8 @@ class Call:
 
     route: Route
     """Steps and transfers."""
-    kernel: Kernel
-    """The backend."""
+    kernels: Mapping[str, Kernel]
+    """The backend for each form of tiles."""
     scale: float
     """Factor on the logits."""
     max_logit: bool = False
@@ -83,7 +83,7 @@ class _Attend(torch.autograd.Function):
         for step, keys, values in call.route.blocks(k, v):
             for batch in step.batches:
                 heads = _HeadViews(batch)
-                part = call.kernel.forward(
+                part = call.kernels[batch.form].forward(
                     heads.q(q), heads.kv(keys), heads.kv(values), batch=batch, scale=call.scale
                 )
                 state.add(batch, *part)
@@ -107,7 +107,7 @@ class _Attend(torch.autograd.Function):
             dk, dv = _Sum(keys), _Sum(values)
             for batch in step.batches:
                 heads = _HeadViews(batch)
-                grads = call.kernel.backward(
+                grads = call.kernels[batch.form].backward(
                     heads.q(dout),
                     heads.q(q),
                     heads.kv(keys),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import Documents, Shares, Step, make_step, own_step
+from .plan import Documents, Messages, Shares, Step, make_step, own_step
 from .tiles import Ranges, Span, Tile, by_document, count
 
 
@@ -22,6 +22,12 @@ class GatherPlan:
     """(ring rank, rows fetched from it), ascending."""
     order: np.ndarray
     """[fetched rows]: sorted row i is the row order[i] as received."""
+
+    def messages(self) -> tuple[Messages, Messages]:
+        """What is sent of keys in each pass, and of gradients in the backward pass."""
+        calls = int(bool(self.sends or self.receives))
+        fetched = sum(rows for _, rows in self.receives)
+        return Messages(calls, sum(count(rows) for _, rows in self.sends)), Messages(calls, fetched)
 
 
 def gather_plan(shares: Shares, rank: int) -> GatherPlan:

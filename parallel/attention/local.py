@@ -26,9 +26,9 @@ class LocalRoute:
         return _Keep()
 
 
-def local_route(shares: Shares, rank: int = 0) -> LocalRoute:
+def local_route(shares: Shares) -> LocalRoute:
     """The route of a ring of one rank."""
-    return LocalRoute(own_step(shares, rank))
+    return LocalRoute(own_step(shares, 0))
 
 
 class _Keep:

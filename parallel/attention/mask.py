@@ -65,6 +65,13 @@ class Mask:
         return tuple(name for name in names if getattr(self, name) not in (None, 0, False))
 
     @property
+    def forms(self) -> tuple[str, ...]:
+        """Forms of tiles (`TileBatch.form`) that this mask leads to."""
+        if self.window is not None:
+            return ("full", "causal", "band")
+        return ("full", "causal") if self.causal else ("full",)
+
+    @property
     def dense(self) -> bool:
         """Whether every (earlier, if causal) key of the document is seen."""
         return not any(name in self.features() for name in ("window", "min_distance"))

@@ -29,6 +29,19 @@ from .tiles import (
 
 Documents = dict[tuple[int, ...], list[Span]]
 
+KEYS, GRADIENTS = "kv", "dkv"
+"""Labels in `comm.Counter` of messages with keys and values, and with their gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """What one rank sends along the ring axis in one pass."""
+
+    calls: int
+    """Number of exchanges that it takes part in."""
+    rows: int
+    """Key rows sent; each is 2 K D elements."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:

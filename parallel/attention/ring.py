@@ -17,14 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from ..comm import Group, Pending, exchange
-from .plan import Step
+from .plan import GRADIENTS, KEYS, Step
 from .ring_plan import GradientHop, RingPlan, Transfer
 from .rows import add_rows, pack
 
 Tensor = torch.Tensor
-
-KEYS, GRADIENTS = "ring_kv", "ring_dkv"
-"""Labels of the two kinds of messages in `comm.Counter`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +82,7 @@ class RingGradients:
         if self._number == 0:
             exact = torch.promote_types(dk.dtype, torch.float32)
             self._own = dk.to(exact), dv.to(exact)
-            block = pack(*self._own, self._plan.own)
+            block = pack(*self._own, self._plan.seen)
         else:
             block = self._arrived().to(torch.promote_types(dk.dtype, torch.float32))
             add_rows(block[0], dk, hop.into)
@@ -98,7 +95,7 @@ class RingGradients:
         assert self._own is not None
         block = self._arrived()
         first = 0
-        for start, stop in self._plan.own:
+        for start, stop in self._plan.seen:
             for own, home in zip(self._own, block, strict=True):
                 own[start:stop] = home[first : first + stop - start]
             first += stop - start

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..errors import ConfigError
-from .plan import Shares, Step, block_step, own_step
+from .plan import Messages, Shares, Step, block_step, own_step
 from .tiles import Ranges, count, union, within
 
 
@@ -57,8 +57,17 @@ class RingPlan:
     """Per step, what starts before it is computed."""
     hops: tuple[GradientHop, ...]
     """Per step, what happens to gradients after it."""
-    own: Ranges
+    seen: Ranges
     """This rank's rows that other ranks see."""
+
+    def messages(self) -> tuple[Messages, Messages]:
+        """What is sent of keys in each pass, and of gradients in the backward pass."""
+        transfers = [transfer for started in self.transfers for transfer in started]
+        hops = [hop for hop in self.hops if hop.send or hop.receive]
+        return (
+            Messages(len(transfers), sum(count(transfer.send) for transfer in transfers)),
+            Messages(len(hops), sum(hop.send for hop in hops)),
+        )
 
 
 def check_inner(ring: int, inner: int) -> None:
@@ -91,7 +100,7 @@ def ring_plan(shares: Shares, rank: int, ring: int, inner: int) -> RingPlan:
         steps=tuple(steps),
         transfers=tuple(tuple(route.transfers(rank, number)) for number in range(ring)),
         hops=tuple(hops),
-        own=route.seen(rank),
+        seen=route.seen(rank),
     )
 
 
