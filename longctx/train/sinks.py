@@ -53,11 +53,11 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 class TerminalSink:
-    """A live progress line on a terminal; plain lines, at most one per 2 percent, elsewhere."""
+    """A live progress line on a terminal; plain lines, at most one per 5 percent, elsewhere."""
 
     def __init__(self, *, steps: int, done: int) -> None:
         self._steps = steps
-        self._every = max(1, steps // 50)
+        self._every = max(1, steps // 20)
         self._seconds: list[float] = []
         self._progress = _live_progress(steps, done) if sys.stdout.isatty() else None
 
