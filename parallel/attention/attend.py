@@ -10,15 +10,16 @@ from ..errors import ConfigError
 from ..layout import SequenceLayout
 from ..mesh import Mesh, SequenceGroups
 from .backends import check_name, choose
-from .check import check_tensors
+from .check import check_stream_tensor, check_tensors
 from .engine import Call, Route, run
-from .heads import head_blocks, split_heads
+from .heads import check_heads, head_blocks, split_heads
 from .kernels import Kernel
 from .local import local_route
 from .mask import Mask
 from .plan import Shares
 from .registry import Options, check_strategy, strategy
 from .ring_plan import check_inner
+from .stream import HeadStream
 from .ulysses import HeadExchange, gather_heads, scatter_heads
 
 Tensor = torch.Tensor
@@ -32,7 +33,7 @@ class _Plan:
     groups: SequenceGroups
     exchange: HeadExchange | None
     order: Tensor | None
-    inverse: Tensor | None
+    forms: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,17 +85,78 @@ class Attention:
             See `traffic`.
         """
         check_tensors(q, k, v, layout, device_type=self.mesh.device_type)
-        kernels = self._kernels_for(q, mask)
-        plan = self._plan(layout, mask, q.shape[1], k.shape[1], q.device)
-        scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+        plan = self._plan(layout, mask, q.shape[1], k.shape[1])
+        self._kernels_for(q, plan.forms)  # refuses before anything is sent
         if plan.exchange is not None:
             q, k, v = scatter_heads(q, k, v, plan.exchange)
+        return self._compute(
+            q,
+            k,
+            v,
+            plan=plan,
+            softmax_scale=softmax_scale,
+            return_lse=return_lse,
+            return_max_logit=return_max_logit,
+        )
+
+    def stream(
+        self,
+        *,
+        layout: SequenceLayout,
+        num_heads: int,
+        num_kv_heads: int,
+        mask: Mask = Mask(),  # noqa: B008 -- frozen
+    ) -> HeadStream:
+        """Attend to q, k and v that are sent one by one, while the next is being projected.
+
+        Args:
+            layout: as in `__call__`.
+            num_heads: query heads of the layer.
+            num_kv_heads: key and value heads of the layer.
+            mask: as in `__call__`.
+
+        Returns:
+            A stream with `send(name, tensor)` for "q", "k" and "v", then `attend(...)`.
+
+        Raises:
+            ConfigError: as `__call__`.
+        """
+        check_heads(num_heads, num_kv_heads, layout.ulysses)
+        plan = self._plan(layout, mask, num_heads, num_kv_heads)
+
+        def check(name: str, x: Tensor) -> int:
+            heads = num_heads if name == "q" else num_kv_heads
+            check_stream_tensor(name, x, layout, num_heads=heads, device_type=self.mesh.device_type)
+            self._kernels_for(x, plan.forms)
+            return heads
+
+        def finish(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+            return self._compute(q, k, v, plan=plan, **options)
+
+        return HeadStream(plan.exchange, check, finish)
+
+    def _compute(  # noqa: PLR0913 -- what both ways in have in common
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: _Plan,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        return_max_logit: bool = False,
+    ) -> Any:
+        """Attend with this rank's heads and its ring rank's tokens; results for its own tokens."""
+        kernels = self._kernels_for(q, plan.forms)
+        scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
         if plan.order is not None:
-            q, k, v = (x.index_select(0, plan.order) for x in (q, k, v))
+            order = plan.order.to(q.device)
+            q, k, v = (x.index_select(0, order) for x in (q, k, v))
         call = Call(route=plan.route, kernels=kernels, scale=scale, max_logit=return_max_logit)
         out, lse, largest = run(q, k, v, call)
-        if plan.inverse is not None:
-            out, lse = out.index_select(0, plan.inverse), lse.index_select(1, plan.inverse)
+        if plan.order is not None:
+            inverse = plan.order.argsort().to(q.device)
+            out, lse = out.index_select(0, inverse), lse.index_select(1, inverse)
         if plan.exchange is not None:
             out = gather_heads(out, plan.exchange)
         results = [out]
@@ -104,28 +166,24 @@ class Attention:
             results.append(_reduce_largest(largest, plan))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _kernels_for(self, q: Tensor, mask: Mask) -> dict[str, Kernel]:
-        key = (q.device.type, q.dtype, q.shape[2], mask.forms)
+    def _kernels_for(self, q: Tensor, forms: tuple[str, ...]) -> dict[str, Kernel]:
+        key = (q.device.type, q.dtype, q.shape[2], forms)
         if key not in self._kernels:
-            device, dtype, head_dim, forms = key
+            device, dtype, head_dim, _ = key
             self._kernels[key] = {
                 form: choose(self.options.kernel, form=form, device=device, dtype=dtype, head_dim=head_dim)[0]
                 for form in forms
             }
         return self._kernels[key]
 
-    def _plan(
-        self, layout: SequenceLayout, mask: Mask, num_heads: int, num_kv_heads: int, device: torch.device
-    ) -> _Plan:
-        key = (self, mask, num_heads, num_kv_heads, device)
+    def _plan(self, layout: SequenceLayout, mask: Mask, num_heads: int, num_kv_heads: int) -> _Plan:
+        key = (self, mask, num_heads, num_kv_heads)
         if key not in layout.plans:
-            layout.plans[key] = self._make_plan(layout, mask, num_heads, num_kv_heads, device)
+            layout.plans[key] = self._make_plan(layout, mask, num_heads, num_kv_heads)
         found: _Plan = layout.plans[key]
         return found
 
-    def _make_plan(
-        self, layout: SequenceLayout, mask: Mask, num_heads: int, num_kv_heads: int, device: torch.device
-    ) -> _Plan:
+    def _make_plan(self, layout: SequenceLayout, mask: Mask, num_heads: int, num_kv_heads: int) -> _Plan:
         check_strategy(self.name, layout, mask)
         check_inner(layout.ring, self.options.inner_ring or layout.ring)
         groups = self.mesh.sequence(layout.ring, layout.ulysses)
@@ -138,13 +196,12 @@ class Attention:
             group=groups.ulysses_group, tokens=tuple(layout.shares(layout.ring_rank)), heads=heads
         )
         order = shares.orders[layout.ring_rank]
-        index = None if order is None else torch.from_numpy(order)
         return _Plan(
             route=self._route(shares, layout, groups),
             groups=groups,
             exchange=None if layout.ulysses == 1 else exchange,
-            order=None if index is None else index.to(device),
-            inverse=None if index is None else index.argsort().to(device),
+            order=None if order is None else torch.from_numpy(order),
+            forms=mask.forms,
         )
 
     def _route(self, shares: Shares, layout: SequenceLayout, groups: SequenceGroups) -> Route:

@@ -15,25 +15,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, *, de
     Raises:
         ConfigError: naming the argument and a valid choice.
     """
-    tokens = layout.token_index.numel()
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            raise ConfigError(
-                f"{name} has shape {tuple(x.shape)}; give [tokens, heads, head_dim], without a batch dim"
-            )
-        if x.shape[0] != tokens:
-            raise ConfigError(
-                f"{name} has {x.shape[0]} tokens, but layout.token_index has {tokens} on ring_rank="
-                f"{layout.ring_rank}, ulysses_rank={layout.ulysses_rank}; index {name} with "
-                "layout.token_index, or build the layout from cu_seqlens that end at the number of tokens"
-            )
+        _check_tokens(name, x, layout, device_type)
         if x.dtype != q.dtype:
             raise ConfigError(
                 f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}; cast q, k and v to one dtype"
-            )
-        if x.device.type != device_type:
-            raise ConfigError(
-                f"{name} is on {x.device}, but the mesh was built for {device_type!r}; move {name} there"
             )
     if not q.dtype.is_floating_point:
         raise ConfigError(
@@ -44,3 +30,34 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, *, de
     if k.shape[2] != q.shape[2]:
         raise ConfigError(f"k has head_dim {k.shape[2]}, q has {q.shape[2]}; they must be equal")
     check_heads(q.shape[1], k.shape[1], layout.ulysses)
+
+
+def check_stream_tensor(
+    name: str, x: Tensor, layout: SequenceLayout, *, num_heads: int, device_type: str
+) -> None:
+    """Check one of q, k and v that are sent one by one.
+
+    Raises:
+        ConfigError: naming the argument and a valid choice.
+    """
+    _check_tokens(name, x, layout, device_type)
+    if x.shape[1] != num_heads:
+        raise ConfigError(f"{name} has {x.shape[1]} heads, but the stream was opened for {num_heads}")
+
+
+def _check_tokens(name: str, x: Tensor, layout: SequenceLayout, device_type: str) -> None:
+    tokens = layout.token_index.numel()
+    if x.ndim != 3:
+        raise ConfigError(
+            f"{name} has shape {tuple(x.shape)}; give [tokens, heads, head_dim], without a batch dim"
+        )
+    if x.shape[0] != tokens:
+        raise ConfigError(
+            f"{name} has {x.shape[0]} tokens, but layout.token_index has {tokens} on ring_rank="
+            f"{layout.ring_rank}, ulysses_rank={layout.ulysses_rank}; index {name} with "
+            "layout.token_index, or build the layout from cu_seqlens that end at the number of tokens"
+        )
+    if x.device.type != device_type:
+        raise ConfigError(
+            f"{name} is on {x.device}, but the mesh was built for {device_type!r}; move {name} there"
+        )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .kernel_torch import scores
 from .kernels import Kernel
@@ -97,6 +98,7 @@ class _Attend(torch.autograd.Function):
         return out, lse, largest
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         call: Call = ctx.call

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..comm import Group, all_to_all
 from .heads import HeadShare
@@ -72,6 +73,7 @@ class _Scatter(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         exchange: HeadExchange = ctx.exchange
         rows, dim = exchange.tokens[exchange.group.rank], dq.shape[2]
@@ -128,6 +130,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part.view(rows, share.num_q, dim) for part, share in parts], 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         exchange: HeadExchange = ctx.exchange
         dim, own = dout.shape[2], exchange.mine
