@@ -1,25 +1,35 @@
 """Files that are written whole or not at all: beside themselves, synced, renamed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
 _READ_BYTES = 4 << 20
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step; a kill leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only once it is complete and on disk."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         publish(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step; a kill leaves the old file or the new one."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def publish(partial: Path, path: Path) -> None:

@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, and the checksums they carry."""
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import BinaryIO
 import xxhash
 
 from ..errors import DataError
+from ..files import atomic_file
 
 BLOCK_BYTES = 64 << 20
 """Size of the blocks of a token file that are checksummed one by one."""
@@ -19,32 +19,10 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` only once it is complete and on disk.
-
-    Raises:
-        DataError: the disk is full; whatever stood under `path` before is untouched.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with named_disk_full(path), temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file to its final name, durably."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def data_file(path: Path) -> Iterator[BinaryIO]:
+    """`atomic_file` with a full disk as a `DataError`; what stood under `path` before is untouched."""
+    with named_disk_full(path), atomic_file(path) as file:
+        yield file
 
 
 @contextmanager

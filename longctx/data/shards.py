@@ -17,7 +17,7 @@ import xxhash
 
 from ..errors import DataError
 from .chunks import Chunk, Document, Skip, read_chunk
-from .files import atomic_file
+from .files import data_file
 from .index import token_dtype
 from .store import RECORD
 from .tokenizers import Tokenizer
@@ -70,7 +70,7 @@ def save_shard(path: Path, shard: Shard) -> None:
         records=shard.documents.records,
         info=np.frombuffer(info, dtype=np.uint8),
     )
-    with atomic_file(path) as file:
+    with data_file(path) as file:
         file.write(content.getbuffer())
         file.write(xxhash.xxh3_64_digest(content.getbuffer()))
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from ..errors import DataError
-from .files import atomic_file
+from .files import data_file
 from .index import Int64s
 
 _MAGIC = b"LCSPANS\x00"
@@ -55,7 +55,7 @@ def write_spans(prefix: str, spans: Sequence[Sequence[tuple[int, int]]]) -> None
     index = xxhash.xxh3_64_intdigest(Path(prefix + ".idx").read_bytes())
     head = _HEAD.pack(_MAGIC, 1, index, len(spans), len(bounds))
     body = head + first.tobytes() + bounds.tobytes()
-    with atomic_file(Path(prefix + ".spans")) as file:
+    with data_file(Path(prefix + ".spans")) as file:
         file.write(body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body)))
 
 

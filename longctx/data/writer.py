@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from .files import BlockHasher, atomic_file, hash_blocks
+from .files import BlockHasher, data_file, hash_blocks
 from .index import Int64s, token_dtype, write_index
 from .store import FORMAT, RECORD, SIDE_FILES, VERSION, meta_digest
 
@@ -58,7 +58,7 @@ def write_store(
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     dtype = token_dtype(vocab_size)
     hasher = BlockHasher()
-    with atomic_file(Path(prefix + ".bin")) as file:
+    with data_file(Path(prefix + ".bin")) as file:
         lengths, records, max_token = _stream(file, parts, hasher, dtype)
         if max_token >= vocab_size:
             raise DataError(
@@ -107,5 +107,5 @@ def _checksums(prefix: str, tokens: BlockHasher) -> dict[str, dict[str, Any]]:
 
 
 def _write(path: str, write: Callable[[BinaryIO], object]) -> None:
-    with atomic_file(Path(path)) as file:
+    with data_file(Path(path)) as file:
         write(file)

@@ -170,13 +170,13 @@ def test_full_disk_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     message = r"the disk is full while writing .*file .*data.cache_dir"
-    with pytest.raises(DataError, match=message), files.atomic_file(path) as file:
+    with pytest.raises(DataError, match=message), files.data_file(path) as file:
         file.write(b"new")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_other_errors_keep_their_type(tmp_path):
-    with pytest.raises(OSError, match="Input/output"), files.atomic_file(tmp_path / "file"):
+    with pytest.raises(OSError, match="Input/output"), files.data_file(tmp_path / "file"):
         raise OSError(errno.EIO, "Input/output error")
     assert list(tmp_path.iterdir()) == []

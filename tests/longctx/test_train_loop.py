@@ -67,7 +67,9 @@ def test_divergence_names_step_documents_and_the_last_good_checkpoint(base, size
     events = [json.loads(line) for line in (base / name / "events.jsonl").read_text().splitlines()]
     message = events[-1]["error"]
     step = len(rows(base, name)) + 1
-    assert re.match(rf"step {step}: loss .* and gradient norm (nan|inf); parameters were not updated", message)
+    assert re.match(
+        rf"step {step}: loss .* and gradient norm (nan|inf); parameters were not updated", message
+    )
     assert ".txt [0:" in message
     assert f"step-{step - 1:08d}" in message
     assert checkpoint.latest_good(base / name / "ckpt").name == f"step-{step - 1:08d}"
