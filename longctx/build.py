@@ -25,6 +25,7 @@ from .data.held_out import HeldOutBatch, held_out_batches, held_out_packs
 from .data.loader import StepLoader, step_packs
 from .data.prepare import Prepared, prepare
 from .data.store import Store
+from .data.tokenizers import load_tokenizer
 from .errors import ConfigError
 from .model.decoder import Decoder
 from .model.init import init_parameters_
@@ -216,6 +217,9 @@ def _loader(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> Ste
 def _held_out(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> list[HeldOutBatch]:
     if not len(prepared.held_out_docs):
         return []
+    tokenizer = None
+    if store.text_bytes is None and prepared.tokenizer is not None:
+        tokenizer = load_tokenizer(prepared.tokenizer)  # a foreign store: count its text by decoding it
     packs = held_out_packs(
         store,
         prepared.held_out_docs,
@@ -229,6 +233,7 @@ def _held_out(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> l
         data_group_index=mesh.data_group_index,
         num_data_groups=mesh.num_data_groups,
         vocab_size=int(config.model.vocab_size),
+        tokenizer=tokenizer,
     )
 
 
