@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from .packages import check_packages
-from .start import become_launcher
+from .start import become_launcher, check_packages
 
 
 def run(argv: Sequence[str]) -> int:

@@ -8,9 +8,10 @@ from typing import NoReturn
 
 from ..config.check import resolve
 from ..config.load import LoadedConfig
+from ..errors import ConfigError
+from ..origin import intruder
 from .folder import STATUS, TORCHRUN_LOG
 from .machine import choose_local, pinned
-from .packages import check_packages
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -53,6 +54,17 @@ def start(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[st
             *program,
         ]
     )
+
+
+def check_packages() -> None:
+    """Refuse to start workers that would import another package of the same name.
+
+    Raises:
+        ConfigError: naming the intruder.
+    """
+    problem = intruder([str(Path.cwd()), *sys.path])  # `python -m` puts the working folder in front
+    if problem:
+        raise ConfigError(problem)
 
 
 def become_launcher(arguments: Sequence[str]) -> NoReturn:

@@ -11,7 +11,6 @@ from ..config.load import LoadedConfig
 from ..config.schema import Config
 from ..errors import ConfigError, DataError
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE, write_status
-from .packages import check_packages
 
 if TYPE_CHECKING:
     from ..build import World
@@ -46,7 +45,6 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
 
 
 def _resolved(loaded: LoadedConfig) -> Config:
-    check_packages()
     return resolve(
         loaded.config,
         int(os.environ["WORLD_SIZE"]),
