@@ -12,6 +12,8 @@ from .memory import FILL
 from .schema import Config, DegreesConfig, ModelConfig
 from .units import format_bytes, format_tokens
 
+ONE_RANK_AXES = {"local": ("ring", "ulysses"), "ulysses": ("ring",), "ring": ("ulysses",)}
+"""Axes that a strategy does not serve; the others serve both."""
 LATER = {"pp": "pipeline", "tp": "tensor", "ep": "expert"}
 
 
@@ -200,8 +202,7 @@ def check_attention(config: Config, degrees: ParallelConfig) -> None:
             f"parallel.ulysses={degrees.ulysses} exceeds model.num_heads={heads}; "
             f"choose at most {heads}, or add parallel.ring"
         )
-    single = {"local": ("ring", "ulysses"), "ulysses": ("ring",), "ring": ("ulysses",), "usp": ()}
-    for axis in single[config.attention.strategy]:
+    for axis in ONE_RANK_AXES.get(config.attention.strategy, ()):
         if getattr(degrees, axis) > 1:
             raise ConfigError(
                 f"attention.strategy={config.attention.strategy} needs parallel.{axis}=1, "

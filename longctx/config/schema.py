@@ -11,7 +11,7 @@ from typing import Literal
 
 Auto = Literal["auto"]
 Device = Literal["auto", "cpu", "cuda"]
-Strategy = Literal["local", "ulysses", "ring", "usp"]
+Strategy = Literal["local", "ulysses", "ring", "usp", "allgather"]
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 
 

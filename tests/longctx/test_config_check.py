@@ -1,15 +1,16 @@
 """Resolving `auto` for a world, and the checks across fields."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.config.check import parallel_config, resolve
+from longctx.config.check import ONE_RANK_AXES, parallel_config, resolve
 from longctx.config.load import load
 from longctx.config.memory import estimate, layer_params, total_params
-from longctx.config.schema import Config, ModelConfig
+from longctx.config.schema import Config, ModelConfig, Strategy
 from longctx.config.show import describe
 from longctx.errors import ConfigError
 
@@ -88,7 +89,13 @@ def test_fixed_degrees_stay_and_auto_fills_the_rest():
 
 @pytest.mark.parametrize(
     ("strategy", "expected"),
-    [("local", (2, 1, 1)), ("ulysses", (1, 1, 2)), ("ring", (1, 2, 1)), ("usp", (1, 1, 2))],
+    [
+        ("local", (2, 1, 1)),
+        ("ulysses", (1, 1, 2)),
+        ("ring", (1, 2, 1)),
+        ("usp", (1, 1, 2)),
+        ("allgather", (1, 1, 2)),
+    ],
 )
 def test_auto_follows_the_strategy(strategy, expected):
     assert degrees(with_overrides(f"attention.strategy={strategy}"), 2, "cpu") == expected
@@ -222,3 +229,12 @@ def test_memory_terms_shrink_with_their_degree():
     assert half.gathered == whole.gathered
     assert whole.state == pytest.approx(16 * 8.03e9, rel=1e-3)
     assert whole.total == whole.state + whole.gathered + whole.activations + whole.logits
+
+
+def test_the_schema_and_the_attention_registry_know_the_same_strategies():
+    from parallel.attention.registry import STRATEGIES
+
+    assert set(get_args(Strategy)) == set(STRATEGIES)
+    for name, strategy in STRATEGIES.items():
+        served = {axis for axis in ("ring", "ulysses") if getattr(strategy, axis)}
+        assert served == {"ring", "ulysses"} - set(ONE_RANK_AXES.get(name, ()))
