@@ -1,0 +1,88 @@
+"""Matrices of which each tp rank holds a part: DTensors for storage, plain tensors in the computation.
+
+Shapes: t = tokens of the data rank, n = rows of one tp rank, E = width of the stream, R = tp ranks.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
+
+from ..comm import Group
+from ..mesh import Mesh
+from .tokens import scatter_tokens
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part as a plain tensor; a whole parameter as it is."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def split_parameter(whole: nn.Parameter, dim: int, mesh: Mesh) -> nn.Parameter:
+    """This rank's chunk of a parameter along `dim`, as a parameter that knows the whole's shape.
+
+    The chunks are torch's: ceil(size / R) each, the last ones smaller or empty.
+    """
+    size, rank = mesh.size("tp"), mesh.coordinate("tp")
+    chunk = -(-whole.shape[dim] // size)
+    first = min(chunk * rank, whole.shape[dim])
+    part = whole.detach().narrow(dim, first, min(chunk, whole.shape[dim] - first)).contiguous()
+    if whole.device.type != "meta":
+        part = part.clone()
+    stored = DTensor.from_local(
+        part, mesh.tp_mesh, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return nn.Parameter(stored, requires_grad=whole.requires_grad)
+
+
+class ColumnLinear(nn.Module):
+    """Output rows split over tp: [t, E] -> [t, out / R]; the caller has gathered the tokens."""
+
+    def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = split_parameter(whole.weight, 0, mesh)
+        self.bias = None if whole.bias is None else split_parameter(whole.bias, 0, mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, E] -> [t, out / R]."""
+        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+
+
+class SharedLinear(nn.Module):
+    """Fewer heads than ranks: stored whole, each rank computes the head that its queries use.
+
+    R / K neighbouring ranks share one of the K heads. Gradients are summed over tp with those of
+    the other whole parameters.
+    """
+
+    def __init__(self, whole: nn.Linear, head_dim: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight, self.bias = whole.weight, whole.bias
+        heads = whole.out_features // head_dim
+        first = mesh.coordinate("tp") * heads // mesh.size("tp") * head_dim
+        self.rows = slice(first, first + head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, E] -> [t, D]."""
+        return F.linear(x, self.weight[self.rows], None if self.bias is None else self.bias[self.rows])
+
+
+class RowLinear(nn.Module):
+    """Inputs split over tp; the partial results are summed while tokens are divided."""
+
+    def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
+        super().__init__()
+        self.weight = split_parameter(whole.weight, 1, mesh)
+        self.bias = whole.bias
+        self.group: Group = mesh.group("tp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, in / R] -> [n, E]."""
+        y = scatter_tokens(F.linear(x, local(self.weight)), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether tp ranks hold different parts of a parameter (else each holds the same)."""
+    return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
+
+
