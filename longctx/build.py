@@ -18,6 +18,7 @@ from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
+from parallel.tensor.vocabulary import VocabShard
 
 from .config.check import microbatch_tokens, parallel_config
 from .config.schema import Config, ModelConfig, TrainConfig
@@ -83,6 +84,8 @@ class Run:
     """This sequence group's microbatches of an evaluation."""
     progress: Progress
     """How far the run is."""
+    vocab_shard: VocabShard | None
+    """Columns of the logits that this rank computes; None: all."""
 
     def layout(self, cu_seqlens: torch.Tensor) -> SequenceLayout:
         """Which tokens of a packed batch this rank holds."""
@@ -136,6 +139,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         loader=_loader(config, mesh, store, prepared),
         held_out=_held_out(config, mesh, store, prepared),
         progress=Progress(),
+        vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
     )
 
 

@@ -1,6 +1,6 @@
 """The one order in which a model is made parallel; later axes join this list.
 
-tensor -> checkpointing -> compile -> FSDP -> pipeline. Today: FSDP.
+tensor -> checkpointing -> compile -> FSDP -> pipeline. Today: tensor, FSDP.
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from torch import nn
 from . import fsdp
 from .fsdp import FsdpPolicy
 from .mesh import Mesh
+from .tensor.split import split
 
 
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, policy: FsdpPolicy) -> None:
@@ -23,4 +24,6 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, po
         mesh: the world.
         policy: dtypes and resharding of FSDP.
     """
+    blocks = list(blocks)
+    split(model, blocks, mesh=mesh)
     fsdp.shard(model, blocks, mesh=mesh, policy=policy)

@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from .errors import PeerLost
 
+# torch 2.13 renamed both and warns about the old names; 2.11 has only those.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -191,6 +194,37 @@ def all_reduce(tensor: torch.Tensor, group: Group, *, op: str = "sum") -> torch.
     except RuntimeError as error:
         raise lost(group, "all_reduce", peer=None, step=None, cause=error) from error
     return tensor
+
+
+def all_gather(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """Concatenate equally many rows of every rank in rank order: [n, ...] -> [size n, ...]."""
+    if group.size == 1:
+        return tensor
+    whole = tensor.new_empty(group.size * len(tensor), *tensor.shape[1:])
+    return _collect("all_gather", _ALL_GATHER, whole, tensor, group=group)
+
+
+def reduce_scatter(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sum over the group and keep this rank's equal part: [size n, ...] -> [n, ...]."""
+    if group.size == 1:
+        return tensor
+    part = tensor.new_empty(len(tensor) // group.size, *tensor.shape[1:])
+    return _collect("reduce_scatter", _REDUCE_SCATTER, part, tensor, group=group)
+
+
+def _collect(
+    kind: str, call: Any, target: torch.Tensor, source: torch.Tensor, *, group: Group
+) -> torch.Tensor:
+    # Either way each rank sends (size - 1) / size of the larger buffer.
+    larger = max(target.nbytes, source.nbytes)
+    if not larger:
+        return target  # every rank has the same size, so all stay away together
+    group.counter.add(kind, larger // group.size * (group.size - 1))
+    try:
+        call(target, source.contiguous(), group=group.handle)
+    except RuntimeError as error:
+        raise lost(group, kind, peer=None, step=None, cause=error) from error
+    return target
 
 
 def broadcast(tensor: torch.Tensor, *, src: int, group: Group) -> torch.Tensor:

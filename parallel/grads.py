@@ -24,9 +24,13 @@ def normalize_(parameters: Iterable[nn.Parameter], *, mesh: Mesh, sums: torch.Te
         [n] the same sums over all data ranks.
 
     Cost:
-        One all-reduce of n numbers; after backward, so the count need not be known before.
+        One all-reduce of n numbers; after backward, so the count need not be known before. With tp
+        also one of this rank's shards of the parameters that tp leaves whole (norms), once a step
+        however many microbatches it has.
     """
+    parameters = list(parameters)
     total = comm.all_reduce(sums.clone(), group=mesh.group("data"))
+    _sum_whole_over_tp(parameters, mesh)
     # A step in which every token is masked has zero gradients: divide by 1, not by 0.
     torch._foreach_div_(_local_gradients(parameters), total[1].clamp(min=1))
     return total
@@ -44,16 +48,40 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float, *, mesh: Mesh) ->
         [] the norm before clipping, at least float32, equal on all ranks.
 
     Cost:
-        One all-reduce of one number over the ranks that hold different shards.
+        One all-reduce of two numbers over the ranks that hold different shards, with tp one more.
     """
+    parameters = [p for p in parameters if p.grad is not None]
     gradients = _local_gradients(parameters)
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-    norms = torch._foreach_norm([g.to(dtype) for g in gradients], 2)
-    square = torch.stack(norms).square().sum()
-    norm = comm.all_reduce(square, group=mesh.group("fsdp")).sqrt()
+    norms = torch.stack(torch._foreach_norm([g.to(dtype) for g in gradients], 2))
+    # tp ranks hold different parts of a split parameter, but the same whole ones: count those once.
+    split = torch.tensor([is_split(p) for p in parameters], device=norms.device)
+    squares = torch.stack((norms[~split].square().sum(), norms[split].square().sum()))
+    comm.all_reduce(squares, group=mesh.group("fsdp"))
+    norm = (squares[0] + comm.all_reduce(squares[1:], group=mesh.group("tp"))[0]).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def is_split(parameter: torch.Tensor) -> bool:
+    """Whether tp ranks hold different parts of a parameter (else each holds the same)."""
+    return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _sum_whole_over_tp(parameters: list[nn.Parameter], mesh: Mesh) -> None:
+    """Each tp rank has seen its tokens or heads only: add up the gradients of whole parameters."""
+    if mesh.size("tp") == 1:
+        return
+    gradients = _local_gradients(p for p in parameters if not is_split(p))
+    if not gradients:
+        return
+    flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), group=mesh.group("tp"))
+    torch._foreach_copy_(gradients, [f.view_as(g) for f, g in _parts(flat, gradients)])
+
+
+def _parts(flat: torch.Tensor, like: list[torch.Tensor]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(flat.split([g.numel() for g in like]), like, strict=True)
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,11 @@ class Mesh:
             return self._device_mesh["dp_replicate", "fsdp"]
 
     @property
+    def tp_mesh(self) -> DeviceMesh:
+        """Device mesh of the tp axis, on which split parameters are stored."""
+        return self._device_mesh["tp"]
+
+    @property
     def data_group_index(self) -> int:
         """Which of the configured sequence groups this rank belongs to."""
         return self.coordinate("data") // self.config.cp

@@ -1,6 +1,7 @@
 """Cross-field checks, and the replacement of `auto`, for a given world. Pure, without torch."""
 
 from dataclasses import replace
+from math import gcd
 from typing import Literal, cast
 
 from parallel.config import ParallelConfig
@@ -14,7 +15,7 @@ from .units import format_bytes, format_tokens
 
 ONE_RANK_AXES = {"local": ("ring", "ulysses"), "ulysses": ("ring",), "ring": ("ulysses",)}
 """Axes that a strategy does not serve; the others serve both."""
-LATER = {"pp": "pipeline", "tp": "tensor", "ep": "expert"}
+LATER = {"pp": "pipeline", "ep": "expert"}
 
 
 def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: int = 8) -> Config:
@@ -43,6 +44,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))
     degrees = choose_or_check(config, machine)
     check_attention(config, degrees)
+    check_tensor(config.model, degrees)
     chosen = replace(config.parallel, dp_shard=degrees.dp_shard, ring=degrees.ring, ulysses=degrees.ulysses)
     return replace(config, parallel=chosen)
 
@@ -208,6 +210,30 @@ def check_attention(config: Config, degrees: ParallelConfig) -> None:
                 f"attention.strategy={config.attention.strategy} needs parallel.{axis}=1, "
                 f"not {getattr(degrees, axis)}; set attention.strategy=usp, or parallel.{axis}=1"
             )
+
+
+def check_tensor(model: ModelConfig, degrees: ParallelConfig) -> None:
+    """Tensor-parallel ranks get equal shares of heads and of the feed-forward."""
+    tp = degrees.tp
+    for name in ("ffn_size", "num_heads"):
+        if getattr(model, name) % tp:
+            raise ConfigError(
+                f"parallel.tp={tp} does not divide model.{name}={getattr(model, name)}; choose one of "
+                f"{_divisors(gcd(model.ffn_size, model.num_heads))}"
+            )
+    keys = model.num_kv_heads
+    if keys % tp and tp % keys:
+        valid = [d for d in range(1, model.num_heads + 1) if keys % d == 0 or d % keys == 0]
+        valid = [d for d in valid if gcd(model.ffn_size, model.num_heads) % d == 0]
+        raise ConfigError(
+            f"parallel.tp={tp} neither divides model.num_kv_heads={keys} nor is a multiple of it; "
+            f"choose one of {', '.join(map(str, valid))}"
+        )
+    if model.num_heads // tp < degrees.ulysses:
+        raise ConfigError(
+            f"parallel.tp={tp} leaves {model.num_heads // tp} of model.num_heads={model.num_heads} to each "
+            f"rank, fewer than parallel.ulysses={degrees.ulysses}; lower one of them, or use parallel.ring"
+        )
 
 
 def _divisors(number: int) -> str:

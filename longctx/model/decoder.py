@@ -4,7 +4,6 @@ Shapes: t = this rank's tokens (possibly none), E = hidden_size, V = vocab_size.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from parallel.layout import SequenceLayout
 
@@ -13,7 +12,7 @@ from ..rope.frequencies import rope_parameters
 from ..rope.spec import with_head_dim
 from ..rope.tables import Frequencies, RopeTable
 from .attention import Attend, Attention
-from .layers import FeedForward, RMSNorm
+from .layers import FeedForward, RMSNorm, TokenEmbedding
 from .params import vocab_rows
 
 
@@ -46,7 +45,7 @@ class Decoder(nn.Module):
         self.config = config
         rope = with_head_dim(config.rope, config.head_dim)
         self.frequencies = Frequencies.stack([rope_parameters(rope)])
-        self.embedding = nn.Embedding(vocab_rows(config), config.hidden_size)
+        self.embedding = TokenEmbedding(vocab_rows(config), config.hidden_size)
         self.layers = nn.ModuleDict({str(n): Block(config, attend) for n in range(config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied_embeddings:
@@ -76,5 +75,5 @@ class Decoder(nn.Module):
         for block in self.layers.values():
             x = block(x, table, layout)
         x = self.norm(x)
-        logits: Tensor = F.linear(x, self.embedding.weight) if self.config.tied_embeddings else self.head(x)
+        logits: Tensor = self.embedding.project(x) if self.config.tied_embeddings else self.head(x)
         return logits

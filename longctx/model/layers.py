@@ -62,6 +62,14 @@ class _RMSNormOnCPU(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
+class TokenEmbedding(nn.Embedding):
+    """Rows of the vocabulary, for reading tokens and, where the head shares them, for scoring them."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Logits of every row: [t, E] -> [t, V]."""
+        return F.linear(x, self.weight)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)).
 

@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.tensor.vocabulary import VocabShard, split_cross_entropy
+
 CHUNK_ELEMENTS = 1 << 26
 """Logits handled at a time (256 MiB in float32): bounds the temporaries, which [t, V] would not."""
 
 
-def token_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(
+    logits: Tensor, targets: Tensor, loss_mask: Tensor, shard: VocabShard | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of the next-token losses of the trained tokens, and how many there are.
 
     Args:
         logits: [t, V], any floating dtype; the arithmetic is in at least float32.
         targets: [t] int64; any value where `loss_mask` is False.
         loss_mask: [t] bool, True where the token is trained.
+        shard: the columns that `logits` are, where the vocabulary is split; None: all V.
 
     Returns:
         loss_sum: scalar in nats, at least float32; zero, with zero gradients, without trained tokens.
@@ -27,6 +32,8 @@ def token_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor) -> tuple[Tens
     Cost: saves the logits themselves and [t] more; two passes over the logits, one in backward.
     """
     targets = torch.where(loss_mask, targets, 0)
+    if shard is not None:
+        return split_cross_entropy(logits, targets, loss_mask, shard), loss_mask.sum()
     loss_sum: Tensor = _TokenLoss.apply(logits, targets, loss_mask)  # type: ignore[no-untyped-call]
     return loss_sum, loss_mask.sum()
 

@@ -76,14 +76,15 @@ def backward(run: Run, microbatches: list[PackedBatch], *, extra: tuple[float, .
 def batch_loss(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss sum and number of trained tokens of this rank's share of a packed batch."""
     logits, local, _ = forward(run, batch)
-    return token_loss(logits, local.targets, local.loss_mask)
+    return token_loss(logits, local.targets, local.loss_mask, run.vocab_shard)
 
 
 def forward(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, SequenceLayout]:
     """This rank's share of a packed batch through the model.
 
     Returns:
-        logits [t, V], the share [t], and the layout that says which tokens it holds.
+        logits [t, V] (with tp this rank's columns of V), the share [t], and the layout that says
+        which tokens it holds.
     """
     layout = run.layout(batch.cu_seqlens)
     local = batch.take(layout.token_index).to(run.world.device)

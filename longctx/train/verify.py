@@ -154,10 +154,13 @@ def _logit_difference(
     run: Run, reference: Reference | None, logits: torch.Tensor, index: torch.Tensor
 ) -> Difference:
     rows = min(_logit_rows(run), _first_batch(run).num_tokens)
-    expected = reference.logits if reference else logits.new_empty(rows, logits.shape[1])
+    vocab_size = int(run.config.model.vocab_size)
+    expected = reference.logits if reference else logits.new_empty(rows, vocab_size)
     expected = comm.broadcast(expected, src=0, group=run.mesh.group("world"))
     held = (index < rows).nonzero()[:, 0]
-    mine = expected[index[held].to(expected.device)]
+    shard = run.vocab_shard
+    columns = slice(shard.first, shard.first + shard.size) if shard else slice(None)
+    mine = expected[index[held].to(expected.device), columns]
     scale = float(expected.abs().max())
     return _difference(run, "logits", logits[held.to(logits.device)], mine, scale=scale)
 
@@ -167,8 +170,9 @@ def _gradient_difference(
 ) -> Difference:
     found = _gradient(parameter)
     whole = reference.gradients[name] if reference else torch.empty(found.shape, dtype=found.dtype)
-    whole = whole.to(run.world.device)
-    expected = distribute_tensor(whole, found.device_mesh, found.placements)  # rank 0 scatters
+    # The parameter's mesh may leave rank 0 out (another tp rank's copy): all ranks get the whole.
+    whole = comm.broadcast(whole.to(run.world.device), src=0, group=run.mesh.group("world"))
+    expected = distribute_tensor(whole, found.device_mesh, found.placements, src_data_rank=None)
     biggest = torch.tensor(float(whole.abs().max()) if reference else 0.0, dtype=torch.float64)
     biggest = comm.all_reduce(biggest.to(run.world.device), group=run.mesh.group("world"), op="max")
     scale = max(float(biggest), floor)

@@ -17,7 +17,7 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def split_parameter(whole: nn.Parameter, dim: int, mesh: Mesh) -> nn.Parameter:
+def split_parameter(whole: Tensor, dim: int, mesh: Mesh) -> nn.Parameter:
     """This rank's chunk of a parameter along `dim`, as a parameter that knows the whole's shape.
 
     The chunks are torch's: ceil(size / R) each, the last ones smaller or empty.
@@ -79,10 +79,3 @@ class RowLinear(nn.Module):
         """[t, in / R] -> [n, E]."""
         y = scatter_tokens(F.linear(x, local(self.weight)), self.group)
         return y if self.bias is None else y + self.bias
-
-
-def is_split(parameter: Tensor) -> bool:
-    """Whether tp ranks hold different parts of a parameter (else each holds the same)."""
-    return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
-
-

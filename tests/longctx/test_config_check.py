@@ -148,7 +148,20 @@ def test_resolving_twice_changes_nothing():
             ["parallel.ulysses=8 exceeds model.num_heads=4", "parallel.ring"],
         ),
         (["parallel.ulysses=0"], ["parallel.ulysses=0", "at least 1"]),
-        (["parallel.tp=2"], ["parallel.tp=2", "tensor parallelism is not supported yet"]),
+        (["parallel.tp=3", "parallel.dp_shard=auto"], ["parallel.tp=3"]),
+        (["parallel.tp=8"], ["parallel.tp=8 does not divide model.num_heads=4; choose one of 1, 2, 4"]),
+        (
+            ["parallel.tp=2", "model.ffn_size=131"],
+            ["parallel.tp=2 does not divide model.ffn_size=131; choose one of 1"],
+        ),
+        (
+            ["parallel.tp=2", "parallel.ulysses=4", "parallel.ring=1"],
+            ["parallel.tp=2 leaves 2 of model.num_heads=4", "parallel.ulysses=4"],
+        ),
+        (
+            ["parallel.tp=4", "model.num_heads=12", "model.num_kv_heads=6"],
+            ["parallel.tp=4 neither divides model.num_kv_heads=6", "choose one of 1, 2, 3, 6, 12"],
+        ),
         (["parallel.pp=2"], ["parallel.pp=2", "pipeline"]),
         (["parallel.ep=2"], ["parallel.ep=2", "expert"]),
         (["data.seq_len=16k"], ["data.seq_len=16k exceeds train.microbatch_tokens=8k"]),

@@ -11,7 +11,7 @@ LAYOUTS = {
     "ulysses2-ring2": (4, {"ulysses": 2, "ring": 2}),
     "shard2-ring2": (4, {"dp_shard": 2, "ring": 2}),
 }
-AXES = ("dp_replicate", "dp_shard", "ring", "ulysses")
+AXES = ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
 
 
 def write_corpus(folder: Path, *, documents: int = 40, seed: int = 0) -> Path:
