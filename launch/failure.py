@@ -4,7 +4,8 @@ import re
 import signal
 from dataclasses import dataclass
 
-_ROOT = re.compile(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
+_WORKER = re.compile(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
+_ROOT_CAUSE = "Root Cause"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +27,22 @@ class Failure:
 
 def first_failure(report: str) -> Failure | None:
     """The root cause in torchrun's messages, None where they do not hold one."""
-    match = _ROOT.search(report)
-    return Failure(rank=int(match.group(1)), exit_code=int(match.group(2))) if match else None
+    _, found, rest = report.partition(_ROOT_CAUSE)
+    failures = _failures(rest) if found else []
+    return failures[0] if failures else None
+
+
+def killed_worker(report: str) -> Failure | None:
+    """A worker that a signal killed, other than the SIGTERM by which torchrun ends the rest.
+
+    Such a worker could not say anything; what its peers say about a lost peer is an echo.
+    """
+    dead = (each for each in _failures(report) if each.exit_code not in (-signal.SIGTERM, 0))
+    return next((each for each in dead if each.exit_code < 0), None)
+
+
+def _failures(report: str) -> list[Failure]:
+    return [Failure(rank=int(rank), exit_code=int(code)) for rank, code in _WORKER.findall(report)]
 
 
 def _signal_name(number: int) -> str:

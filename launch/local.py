@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from . import command, processes
-from .failure import first_failure
-from .protocol import DONE, FAILED, PREFLIGHT_FAILED, REQUEUE, read_status
+from .failure import Failure, first_failure, killed_worker
+from .protocol import DONE, FAILED, PREFLIGHT_FAILED, REQUEUE, Status, read_status
 
 POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -126,8 +126,8 @@ def _verdict(job: Job, code: int, stop: Stop, report: str) -> int:
         return 128 + signal.SIGINT
     status = read_status(job.status) if job.status else None
     if status and (status.exit_code != DONE or code == 0):
-        if status.exit_code == FAILED and status.error:
-            say(f"error: rank {status.rank} failed first: {status.error}")
+        if status.exit_code == FAILED:
+            _say_cause(status, killed_worker(report))
         return status.exit_code
     if code == 0:
         return DONE
@@ -139,6 +139,14 @@ def _verdict(job: Job, code: int, stop: Stop, report: str) -> int:
         say(report.rstrip())
     say(f"error: {failure or f'torchrun ended with exit code {code}'}" + _see(job.log))
     return code if code > 0 else 128 - code
+
+
+def _say_cause(status: Status, killed: Failure | None) -> None:
+    """The cause once more, after whatever the other ranks printed."""
+    if killed:
+        say(f"error: {killed}")
+    elif status.error:
+        say(f"error: rank {status.rank} failed first: {status.error}")
 
 
 def _see(log: Path | None) -> str:

@@ -81,6 +81,21 @@ def test_a_failure_is_said_again_last_with_its_rank(fake, capfd):
     assert capfd.readouterr().err == "error: rank 2 failed first: ValueError: bad\n"
 
 
+def test_a_killed_worker_is_the_cause_whatever_its_peers_report(fake, capfd):
+    status = {"exit_code": 1, "rank": 0, "error": "PeerLost: lost a peer"}
+    program = report_then_exit(1, status).replace("exitcode  : 1 (pid: 11)", "exitcode  : -9 (pid: 11)")
+    assert fake(program) == 1
+    stderr = capfd.readouterr().err
+    assert "rank 1 died first, killed by SIGKILL" in stderr and "PeerLost" not in stderr
+
+
+def test_a_worker_that_torchrun_ended_is_not_the_cause(fake, capfd):
+    status = {"exit_code": 1, "rank": 0, "error": "ValueError: bad"}
+    program = report_then_exit(1, status).replace("exitcode  : 1 (pid: 11)", "exitcode  : -15 (pid: 11)")
+    assert fake(program) == 1
+    assert capfd.readouterr().err == "error: rank 0 failed first: ValueError: bad\n"
+
+
 def test_done_is_not_believed_when_a_worker_died_afterwards(fake, capfd):
     assert fake(report_then_exit(1, {"exit_code": 0, "rank": 0, "error": ""})) == 1
     assert "rank 3 failed first" in capfd.readouterr().err
