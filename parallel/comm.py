@@ -313,9 +313,10 @@ def reduce_scatter_rows(tensor: torch.Tensor, counts: Sequence[int], group: Grou
 
 def _stages_through_host(group: Group, tensor: torch.Tensor) -> bool:
     # gloo's point-to-point calls hand the raw pointer to a socket: device memory must be copied first.
-    return tensor.is_cuda and dist.get_backend(group.handle) == "gloo"
+    return tensor.is_cuda and group.handle._get_backend(tensor.device).name() == "gloo"
 
 
 def _device(group: Group) -> torch.device:
-    on_gpu = group.size > 1 and dist.get_backend(group.handle) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    if group.size == 1 or torch.device("cpu") in group.handle._device_types:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .comm import Counter, Group
+from .comm import Counter, Group, barrier
 from .config import AXES, ParallelConfig
 from .errors import ConfigError
 
@@ -166,6 +166,9 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     timeout = _default_timeout(device_type)
     _add_axes(mesh, timeout)
     _add_splits(mesh, timeout)
+    # A rank may finish its side of a connection first; if it closed the group, the other would fail.
+    barrier(mesh.group("world"))
+    mesh.counter.reset()
     return mesh
 
 
