@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _page import write_page
+
 HERE = Path(__file__).resolve().parent
 NOT_BENCHMARKS = {"harness.py", "run_all.py"}
 REQUIRED = {"benchmark": str, "commit": str, "date": str, "machine": dict, "arguments": dict, "figures": dict}
@@ -75,7 +77,11 @@ def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--quick", action="store_true")
     flags.add_argument("--gpu", action="store_true")
+    flags.add_argument("--page", action="store_true", help="only rewrite docs/benchmarks.md")
     args = flags.parse_args()
+    if args.page:
+        write_page(HERE / "results", HERE.parent / "docs" / "benchmarks.md")
+        return 0
     failed = {}
     for script in scripts(gpu=args.gpu):
         if errors := run(script, quick=args.quick, gpu=args.gpu):
