@@ -1,0 +1,268 @@
+"""How many pieces of each bucket a step draws: a pure function of (seed, step).
+
+A bucket is one source's pieces of one length. Two rules make a step:
+
+1. *Shares*: the tokens that each bucket should give to this step, real numbers that add up to the step's
+   constant budget. `natural`, `uniform` and `weights` have fixed shares; `grow-*` and `shrink-*` divide
+   the run into cycles, give each bucket its natural share of a cycle, and draw from what is left of it
+   with odds that favour short (grow) or long (shrink) pieces, so that lengths move inside a cycle.
+2. *Rounding*: whole pieces are drawn so that a step has exactly its budget, and what a bucket is owed
+   is remembered, so that shares over many steps are those of rule 1 to within a few pieces.
+
+Any step is reached by replaying counts, without reading a token.
+
+Source: Pouransari et al., "Dataset decomposition", NeurIPS 2024, section 2.2 and its table of odds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..errors import DataError
+from .index import Int64s
+from .packing import Floats
+from .rounding import draw_mixed, draw_one_class, water_fill
+
+Kind = Literal[
+    "natural",
+    "uniform",
+    "weights",
+    "grow-linear",
+    "grow-p2",
+    "grow-p100",
+    "shrink-linear",
+    "shrink-p2",
+    "shrink-p100",
+]
+Mode = Literal["mixed", "one_bucket"]
+_SNAPSHOT = 256
+
+_ODDS: Mapping[str, Callable[[int], float]] = {
+    "linear": lambda rank: rank + 1.0,
+    "p2": lambda rank: 2.0**rank,
+    "p100": lambda rank: 100.0**rank,
+}
+"""Odds of a class against the least likely one, which has rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Buckets:
+    """What there is to draw, as columns."""
+
+    source: Int64s
+    """int64 [b]: number of the source."""
+    length: Int64s
+    """int64 [b]: tokens of each piece, a power of two."""
+    pieces: Int64s
+    """int64 [b]: pieces in one epoch, at least one."""
+    limit: Int64s
+    """int64 [b]: pieces that may be drawn over the whole run (`max_epochs`)."""
+
+    @property
+    def tokens(self) -> Int64s:
+        """int64 [b]: tokens of one epoch."""
+        return self.pieces * self.length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What the user asks for."""
+
+    kind: Kind = "natural"
+    """Rule of the shares."""
+    mode: Mode = "mixed"
+    """`mixed`: every step has pieces of all classes (FlexSP); `one_bucket`: of one length (Apple)."""
+    cycles: int = 1
+    """grow-*, shrink-*: times that lengths go through their range in the run."""
+    class_weights: Mapping[int, float] = field(default_factory=dict)
+    """weights: length class -> share of the tokens, up to a factor; classes not named get none."""
+    bucket_weights: Floats | None = None
+    """float64 [b]: factor on each bucket's share inside its source; None: ones."""
+    source_weights: Callable[[int], Sequence[float]] = lambda step: (1.0,)
+    """Weight of each source's tokens in a step, up to a factor."""
+    source_names: tuple[str, ...] = ("data",)
+    """Names, for messages."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """Where the replay stands, before `step` is drawn."""
+
+    step: int
+    drawn: Int64s  # [b] pieces so far
+    owed: Floats  # [b] tokens that rounding still owes; sums to 0
+    left: Floats  # [b] tokens left of the cycle
+
+    def copy(self) -> "_State":
+        return _State(step=self.step, drawn=self.drawn.copy(), owed=self.owed.copy(), left=self.left.copy())
+
+
+class Curriculum:
+    """Counts of pieces for any step in any order.
+
+    Args:
+        buckets: what there is.
+        wanted: what is asked for.
+        seed: of the class that a `one_bucket` step takes.
+        step_tokens: tokens of every step, a multiple of the longest piece.
+        steps: of the run; later steps go on with cycles of the same size.
+    """
+
+    def __init__(
+        self, buckets: Buckets, wanted: Wanted, *, seed: int, step_tokens: int, steps: int = 1
+    ) -> None:
+        self.buckets, self.wanted = buckets, wanted
+        self._seed, self._budget = seed, step_tokens
+        self._steps, self._cycles = max(1, steps), max(1, min(wanted.cycles, steps))
+        self._odds = _odds(buckets, wanted.kind)
+        self._fixed = _fixed_shares(buckets, wanted)
+        zeros = np.zeros(len(buckets.length))
+        self._state = _State(step=0, drawn=zeros.astype(np.int64), owed=zeros.copy(), left=zeros.copy())
+        self._snapshots: dict[int, _State] = {0: self._state.copy()}
+
+    def draw(self, step: int) -> tuple[Int64s, Int64s]:
+        """Pieces of each bucket.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            int64 [b] drawn before the step, int64 [b] drawn in it.
+
+        Raises:
+            DataError: nothing is left to draw, naming the sources.
+        """
+        self._seek(step)
+        before = self._state.drawn.copy()
+        self._advance()
+        return before, self._state.drawn - before
+
+    def exhausted(self, step: int) -> list[str]:
+        """Sources of which nothing may be drawn any more before a step."""
+        self._seek(step)
+        left = self.buckets.limit > self._state.drawn
+        return [
+            name
+            for number, name in enumerate(self.wanted.source_names)
+            if (self.buckets.source == number).any() and not left[self.buckets.source == number].any()
+        ]
+
+    def forget(self, step: int) -> None:
+        """Replay `step` and later ones anew: the source weights from there on have changed."""
+        self._snapshots = {s: kept for s, kept in self._snapshots.items() if s <= step}
+        if self._state.step > step:
+            self._state = self._snapshots[max(self._snapshots)].copy()
+
+    def _seek(self, step: int) -> None:
+        if step < self._state.step or step - self._state.step > _SNAPSHOT:
+            nearest = max(s for s in self._snapshots if s <= step)
+            if step < self._state.step or nearest > self._state.step:
+                self._state = self._snapshots[nearest].copy()
+        while self._state.step < step:
+            self._advance()
+
+    def _advance(self) -> None:
+        state, lengths = self._state, self.buckets.length
+        available = self.buckets.limit - state.drawn
+        state.owed += self._shares(state, available)
+        if self.wanted.mode == "mixed":
+            counts = draw_mixed(state.owed, lengths, available, self._budget)
+        else:
+            counts = draw_one_class(
+                state.owed, lengths, available, self._budget, key=(self._seed, state.step)
+            )
+        if int(counts @ lengths) != self._budget:
+            raise DataError(self._spent(state.step))
+        state.owed -= counts * lengths
+        state.drawn = state.drawn + counts
+        state.step += 1
+        if state.step % _SNAPSHOT == 0:
+            self._snapshots.setdefault(state.step, state.copy())
+
+    def _shares(self, state: _State, available: Int64s) -> Floats:
+        """Tokens that each bucket should give to this step; they add up to the budget."""
+        usable = self._usable(available)
+        caps = np.where(usable, available * self.buckets.length, 0).astype(np.float64)
+        weights = np.asarray(self.wanted.source_weights(state.step), dtype=np.float64)
+        fixed = _by_source(self._fixed * usable, self.buckets.source, weights)
+        if self._odds is None:
+            return self._filled(fixed, caps, state.step)
+        start, stop = self._cycle(state.step)
+        if state.step == start:
+            state.left = state.left + fixed * (self._budget * (stop - start))
+        left = np.minimum(np.maximum(state.left, 0.0), caps)
+        shares = water_fill(state.left.clip(min=0) * self._odds, left, self._budget)
+        if shares is None:  # limits leave less than the cycle wants: take from what there is
+            shares = self._filled(fixed, caps, state.step)
+        state.left = state.left - shares
+        return shares
+
+    def _filled(self, shares: Floats, caps: Floats, step: int) -> Floats:
+        filled = water_fill(shares, caps, self._budget)
+        if filled is None:
+            filled = water_fill(np.where(caps > 0, self._fixed + 1e-12, 0.0), caps, self._budget)
+        if filled is None:
+            raise DataError(self._spent(step))
+        return filled
+
+    def _usable(self, available: Int64s) -> np.ndarray:
+        """Buckets that a step can take from; in one_bucket mode a class must fill the whole step."""
+        if self.wanted.mode == "mixed":
+            return available > 0
+        lengths = self.buckets.length
+        total = {int(k): int((available * lengths)[lengths == k].sum()) for k in np.unique(lengths)}
+        full = np.array([total[int(k)] >= self._budget for k in lengths])
+        return (available > 0) & full
+
+    def _cycle(self, step: int) -> tuple[int, int]:
+        """First step of the cycle that holds `step`, and of the next one."""
+        turn = step * self._cycles // self._steps
+        while turn * self._steps // self._cycles > step:
+            turn -= 1
+        while (turn + 1) * self._steps // self._cycles <= step:
+            turn += 1
+        return turn * self._steps // self._cycles, (turn + 1) * self._steps // self._cycles
+
+    def _spent(self, step: int) -> str:
+        names = ", ".join(self.wanted.source_names)
+        return (
+            f"step {step + 1}: what data.sources may still give ({names}) is less than the step's "
+            f"{self._budget:,} tokens; raise max_epochs, add a source, or lower train.steps to {step}"
+        )
+
+
+def _odds(buckets: Buckets, kind: Kind) -> Floats | None:
+    """float64 [b]: odds of each bucket in a cycle; None for kinds with fixed shares."""
+    direction, _, form = kind.partition("-")
+    if direction not in ("grow", "shrink"):
+        return None
+    classes = np.unique(buckets.length)
+    rank = np.searchsorted(classes, buckets.length)
+    if direction == "grow":
+        rank = len(classes) - 1 - rank
+    odds = np.array([_ODDS[form](int(r)) for r in rank])
+    return odds / odds.max()
+
+
+def _fixed_shares(buckets: Buckets, wanted: Wanted) -> Floats:
+    """float64 [b]: wanted tokens of each bucket inside its source, up to a factor per source."""
+    if wanted.kind == "uniform":
+        shares = np.ones(len(buckets.length))
+    elif wanted.kind == "weights":
+        shares = np.array([float(wanted.class_weights.get(int(k), 0.0)) for k in buckets.length])
+    else:
+        shares = buckets.tokens.astype(np.float64)
+    return shares if wanted.bucket_weights is None else shares * wanted.bucket_weights
+
+
+def _by_source(shares: Floats, source: Int64s, weights: Floats) -> Floats:
+    """Scale shares so that each source has its weight and all add up to 1; empty sources give theirs up."""
+    totals = np.bincount(source, weights=shares, minlength=len(weights))
+    live = np.where(totals > 0, weights, 0.0)
+    if not live.sum() > 0:
+        return np.zeros(len(shares))
+    scale = np.divide(live / live.sum(), totals, out=np.zeros(len(weights)), where=totals > 0)
+    scaled: Floats = shares * scale[source]
+    return scaled
