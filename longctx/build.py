@@ -23,10 +23,11 @@ from parallel.tensor.vocabulary import VocabShard
 from .config.check import microbatch_tokens, parallel_config
 from .config.schema import Config, ModelConfig, TrainConfig
 from .data.held_out import HeldOutBatch, held_out_batches, held_out_packs
-from .data.loader import StepLoader, step_packs
-from .data.prepare import Prepared, prepare
-from .data.store import Store
+from .data.loader import Packs, StepLoader, step_packs
+from .data.mixture import make_mixture
+from .data.sources import Opened, open_data
 from .data.tokenizers import load_tokenizer
+from .data.tokens import Tokens
 from .errors import ConfigError
 from .model.decoder import Decoder
 from .model.init import init_parameters_
@@ -76,7 +77,7 @@ class Run:
     """Wrapped model, this rank's shards."""
     optimizer: torch.optim.AdamW
     """Optimizer of the shards."""
-    store: Store
+    store: Tokens
     """Tokens of all documents."""
     loader: StepLoader
     """This sequence group's microbatches by step."""
@@ -118,8 +119,8 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
     Raises:
         ConfigError: the tokenizer does not fit the model, or shards do not fit the layout.
     """
-    prepared = prepare(config.data, progress=False)
-    rows = vocabulary(config.model, prepared.vocab_size)
+    opened = open_data(config.data)
+    rows = vocabulary(config.model, opened.vocab_size)
     config = replace(config, model=replace(config.model, vocab_size=rows))
     _join(world)
     mesh = build_mesh(parallel_config(config), world.device.type)
@@ -128,16 +129,15 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         init_parameters_(model, config.run.seed, config.model)
     else:
         _adopt(model, shards)
-    store = Store(prepared.prefix)
     return Run(
         config=config,
         world=world,
         mesh=mesh,
         model=model,
         optimizer=_optimizer(model, config.train),
-        store=store,
-        loader=_loader(config, mesh, store, prepared),
-        held_out=_held_out(config, mesh, store, prepared),
+        store=opened.tokens,
+        loader=_loader(config, mesh, opened),
+        held_out=_held_out(config, mesh, opened),
         progress=Progress(),
         vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
     )
@@ -200,39 +200,53 @@ def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
         local.copy_(shards[name])
 
 
-def _loader(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> StepLoader:
-    packs = step_packs(
-        store,
-        prepared.train_docs,
-        config.data,
-        seed=config.run.seed,
-        microbatch_tokens=microbatch_tokens(config),
-        global_batch_tokens=config.train.global_batch_tokens,
-    )
+def _loader(config: Config, mesh: Mesh, opened: Opened) -> StepLoader:
     return StepLoader(
-        store,
-        packs,
+        opened.tokens,
+        _packs(config, opened),
         data_group_index=mesh.data_group_index,
         num_data_groups=mesh.num_data_groups,
         vocab_size=int(config.model.vocab_size),
     )
 
 
-def _held_out(config: Config, mesh: Mesh, store: Store, prepared: Prepared) -> list[HeldOutBatch]:
-    if not len(prepared.held_out_docs):
+def _packs(config: Config, opened: Opened) -> Packs:
+    """Which pieces form each step: whole documents, or what the curriculum draws."""
+    tokens = (microbatch_tokens(config), config.train.global_batch_tokens)
+    if config.curriculum.kind == "off":
+        return step_packs(
+            opened.tokens,
+            opened.train_docs,
+            config.data,
+            seed=config.run.seed,
+            microbatch_tokens=tokens[0],
+            global_batch_tokens=tokens[1],
+        )
+    return make_mixture(
+        opened,
+        config.data,
+        config.curriculum,
+        seed=config.run.seed,
+        tokens=tokens,
+        steps=config.train.steps,
+    )
+
+
+def _held_out(config: Config, mesh: Mesh, opened: Opened) -> list[HeldOutBatch]:
+    if not len(opened.held_out_docs):
         return []
     tokenizer = None
-    if store.text_bytes is None and prepared.tokenizer is not None:
-        tokenizer = load_tokenizer(prepared.tokenizer)  # a foreign store: count its text by decoding it
+    if opened.tokens.text_bytes is None and opened.tokenizer is not None:
+        tokenizer = load_tokenizer(opened.tokenizer)  # a foreign store: count its text by decoding it
     packs = held_out_packs(
-        store,
-        prepared.held_out_docs,
+        opened.tokens,
+        opened.held_out_docs,
         config.data,
         microbatch_tokens=microbatch_tokens(config),
         eval_tokens=config.train.eval_tokens,
     )
     return held_out_batches(
-        store,
+        opened.tokens,
         packs,
         data_group_index=mesh.data_group_index,
         num_data_groups=mesh.num_data_groups,

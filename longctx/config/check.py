@@ -41,6 +41,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_degrees(config.parallel)
     config = _fill(config, cast(Literal["cpu", "cuda"], device_type))
     check_tokens(config)
+    check_curriculum(config)
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))
     degrees = choose_or_check(config, machine)
     check_attention(config, degrees)
@@ -103,6 +104,7 @@ def _fill(config: Config, device_type: Literal["cpu", "cuda"]) -> Config:
 
 _LOWEST = {
     "train.steps": 1,
+    "curriculum.cycles": 1,
     "train.global_batch_tokens": 1,
     "data.seq_len": 1,
     "data.min_len": 1,

@@ -50,7 +50,16 @@ def _walk(section: type[Any], prefix: str) -> Iterator[Key]:
         else:
             unit = field.metadata.get("unit")
             name = f"{prefix}{field.name}"
-            yield Key(name=name, hint=hints[field.name], unit=unit, default=field.default)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield Key(name=name, hint=hints[field.name], unit=unit, default=default)
+
+
+def owner_of(name: str) -> str | None:
+    """The key whose value is a mapping that holds `name`: `curriculum.weights` for one of its entries."""
+    keys = all_keys()
+    parts = name.split(".")
+    owners = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((o for o in owners if o in keys and get_origin(keys[o].hint) is dict), None)
 
 
 def expected(key: Key) -> str:

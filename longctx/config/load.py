@@ -11,7 +11,7 @@ from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 from ..errors import ConfigError
 from . import units
 from .compose import CLONE_CONFIGS, Layer, covers, file_layers, override_layers
-from .keys import Key, all_keys, expected, unknown_key
+from .keys import Key, all_keys, expected, owner_of, unknown_key
 from .schema import Config
 
 DEFAULT = "default"
@@ -65,6 +65,12 @@ def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
         for key, raw in layer.values.items():
             if raw is None and any(covers(key, each) for each in keys if each != key):
                 continue  # a section without keys
+            owner = None if key in keys else owner_of(key)
+            if owner is not None:  # one entry of a mapping
+                entries = values.get(owner) if isinstance(values.get(owner), dict) else {}
+                values[owner] = {**entries, key[len(owner) + 1 :]: raw}
+                sources[owner] = layer.source
+                continue
             if key not in keys:
                 raise ConfigError(unknown_key(key, layer.source))
             values[key], sources[key] = _with_unit(keys[key], raw, layer.source), layer.source
@@ -88,6 +94,8 @@ def typed(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
 
 
 def _with_unit(key: Key, raw: Any, source: str) -> Any:
+    if isinstance(raw, dict | list):
+        return _text_keys(raw)
     if key.unit is None or not isinstance(raw, str) or raw == "auto" or "${" in raw:
         return raw
     try:
@@ -96,12 +104,19 @@ def _with_unit(key: Key, raw: Any, source: str) -> Any:
         raise ConfigError(f"{key.name}={raw} ({source}): {error}") from error
 
 
+def _text_keys(raw: Any) -> Any:
+    """Mappings below a value with their keys as text: YAML reads the length class 256 as a number."""
+    if isinstance(raw, dict):
+        return {str(key): _text_keys(value) for key, value in raw.items()}
+    return [_text_keys(each) for each in raw] if isinstance(raw, list) else raw
+
+
 def _type_message(
     error: OmegaConfBaseException, values: Mapping[str, Any], sources: Mapping[str, str]
 ) -> str:
     name = error.full_key or ""
     if name not in values or isinstance(error, ConfigAttributeError):
-        return str(error.msg or error).splitlines()[0]
+        return f"{name}: {str(error.msg or error).splitlines()[0]}" if name else str(error.msg or error)
     where = f"{name}={values[name]!r} ({sources[name]})"
     if "nterpolation" in type(error).__name__:
         return f"{where}: {str(error.msg).splitlines()[0]}"

@@ -13,6 +13,18 @@ Auto = Literal["auto"]
 Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["local", "ulysses", "ring", "usp", "allgather"]
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
+Curriculum = Literal[
+    "off",
+    "natural",
+    "uniform",
+    "weights",
+    "grow-linear",
+    "grow-p2",
+    "grow-p100",
+    "shrink-linear",
+    "shrink-p2",
+    "shrink-p100",
+]
 
 
 TOKENS: Mapping[str, str] = {"unit": "tokens"}
@@ -96,6 +108,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One of several sources of documents that a curriculum mixes."""
+
+    name: str = ""
+    """Name in metrics and messages."""
+    path: str = ""
+    """As `data.path`."""
+    weight: float = 1.0
+    """Share of the tokens, up to a factor over all sources."""
+    schedule: dict[str, float] = field(default_factory=dict)
+    """Training progress (0 to 1) -> weight, linear between; set: replaces `weight`."""
+    max_epochs: float = 0.0
+    """Times that a piece may be drawn, on average; 0: any number. Then others take its share."""
+    lengths: dict[str, float] = field(default_factory=dict)
+    """Length class in tokens -> factor on its share of this source; set: classes not named get none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Documents, tokenizer and how documents become training sequences."""
 
@@ -119,6 +149,26 @@ class DataConfig:
     """Binary or non-UTF-8 files: counted, named and skipped, or an error."""
     workers: int = 0
     """Processes that tokenize; 0: one per core."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several sources in the place of `path`, mixed by weight; needs `curriculum.kind`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurriculumConfig:
+    """Documents in pieces of power-of-two lengths, drawn by length: `data.min_len` to `data.seq_len`."""
+
+    kind: Curriculum = "off"
+    """Tokens per length class. off: whole documents, packed. natural: as the corpus has them. uniform:
+    alike. weights: `weights`. grow-*: each cycle goes from short to long, shrink-*: from long to short,
+    with odds between neighbouring classes that rise by one (linear), double (p2) or grow 100 times."""
+    mode: Literal["mixed", "one_bucket"] = "mixed"
+    """Lengths of a step: of all classes, or of one."""
+    cycles: int = 1
+    """grow-*, shrink-*: times that lengths go through their range in the run."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """weights: length class in tokens -> share of the tokens, up to a factor."""
+    too_long: Literal["longest", "spread"] = "longest"
+    """Documents beyond `data.seq_len`: into pieces of that length, or of all lengths alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,6 +273,8 @@ class Config:
     """Shape of the model."""
     data: DataConfig = DataConfig()
     """Documents and sequences."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Lengths of the sequences of each step."""
     parallel: DegreesConfig = DegreesConfig()
     """How the work is split."""
     attention: AttentionConfig = AttentionConfig()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .packing import Pack, Piece
-from .store import Store
+from .tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class PackedBatch:
         )
 
 
-def build_batch(store: Store, pack: Pack, *, vocab_size: int | None = None) -> PackedBatch:
+def build_batch(store: Tokens, pack: Pack, *, vocab_size: int | None = None) -> PackedBatch:
     """Read a pack's tokens.
 
     Args:
@@ -130,7 +130,7 @@ def build_batch(store: Store, pack: Pack, *, vocab_size: int | None = None) -> P
     )
 
 
-def _read(store: Store, piece: Piece, vocab_size: int | None) -> npt.NDArray[Any]:
+def _read(store: Tokens, piece: Piece, vocab_size: int | None) -> npt.NDArray[Any]:
     """Tokens of a piece and, where its document goes on, the next one."""
     stop = min(piece.start + piece.length + 1, int(store.lengths[piece.doc]))
     tokens = store.document(piece.doc, piece.start, stop)

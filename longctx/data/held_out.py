@@ -10,7 +10,7 @@ from .batch import PackedBatch, build_batch
 from .index import Int64s
 from .packing import Pack, assign, best_fit, cut_documents
 from .split import hash_numbers
-from .store import Store
+from .tokens import Tokens
 from .tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class HeldOutBatch:
 
 
 def held_out_packs(
-    store: Store, documents: Int64s, config: "DataConfig", *, microbatch_tokens: int, eval_tokens: int
+    store: Tokens, documents: Int64s, config: "DataConfig", *, microbatch_tokens: int, eval_tokens: int
 ) -> list[Pack]:
     """The packs of an evaluation: the same in every run, whatever the seed and layout.
 
@@ -55,7 +55,7 @@ def held_out_packs(
 
 
 def held_out_batches(
-    store: Store,
+    store: Tokens,
     packs: Sequence[Pack],
     *,
     data_group_index: int = 0,
@@ -81,7 +81,7 @@ def held_out_batches(
     ]
 
 
-def _text_bytes(store: Store, pack: Pack, batch: PackedBatch, tokenizer: Tokenizer | None) -> float | None:
+def _text_bytes(store: Tokens, pack: Pack, batch: PackedBatch, tokenizer: Tokenizer | None) -> float | None:
     """Bytes behind the trained targets: each document's bytes in proportion to its targets taken.
 
     A document of n tokens has n - 1 targets, so a document that is taken whole counts exactly.
@@ -97,7 +97,7 @@ def _text_bytes(store: Store, pack: Pack, batch: PackedBatch, tokenizer: Tokeniz
     return total
 
 
-def _document_bytes(store: Store, document: int, tokenizer: Tokenizer | None) -> int | None:
+def _document_bytes(store: Tokens, document: int, tokenizer: Tokenizer | None) -> int | None:
     if store.text_bytes is not None:
         return int(store.text_bytes[document])
     if tokenizer is None:

@@ -3,19 +3,26 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .batch import PackedBatch, build_batch
 from .index import Int64s
 from .packing import Pack, StepPacks, assign, cut_documents
-from .store import Store
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from ..config.schema import DataConfig
 
 
+class Packs(Protocol):
+    """The packs of every step; a pure function of the step."""
+
+    def packs(self, step: int) -> list[Pack]:
+        """All packs of a step, of every data group."""
+
+
 def step_packs(
-    store: Store,
+    store: Tokens,
     documents: Int64s,
     config: "DataConfig",
     *,
@@ -52,8 +59,8 @@ class StepLoader:
 
     def __init__(
         self,
-        store: Store,
-        packs: StepPacks,
+        store: Tokens,
+        packs: Packs,
         *,
         data_group_index: int = 0,
         num_data_groups: int = 1,

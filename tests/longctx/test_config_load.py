@@ -179,7 +179,7 @@ def test_an_empty_section_sets_nothing(tree):
     assert load(["mine.yaml"]).config == Config()
 
 
-@given(st.sampled_from(sorted(all_keys())), st.data())
+@given(st.sampled_from(sorted(set(all_keys()) - {"curriculum.weights"})), st.data())
 def test_no_key_takes_a_mapping(key, data):
     stranger = data.draw(st.sampled_from(["x", "lr", "theta"]))
     assert f"{key}.{stranger}" not in all_keys()
