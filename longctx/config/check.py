@@ -7,6 +7,7 @@ from typing import Literal, cast
 from parallel.config import ParallelConfig
 
 from ..errors import ConfigError
+from .curriculum import check_curriculum
 from .degrees import Machine, choose, fits, memory, memory_limit
 from .keys import value_of
 from .memory import FILL

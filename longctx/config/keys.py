@@ -50,7 +50,9 @@ def _walk(section: type[Any], prefix: str) -> Iterator[Key]:
         else:
             unit = field.metadata.get("unit")
             name = f"{prefix}{field.name}"
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = (
+                field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            )
             yield Key(name=name, hint=hints[field.name], unit=unit, default=default)
 
 

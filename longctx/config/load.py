@@ -67,8 +67,8 @@ def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
                 continue  # a section without keys
             owner = None if key in keys else owner_of(key)
             if owner is not None:  # one entry of a mapping
-                entries = values.get(owner) if isinstance(values.get(owner), dict) else {}
-                values[owner] = {**entries, key[len(owner) + 1 :]: raw}
+                before = values.get(owner)
+                values[owner] = {**(before if isinstance(before, dict) else {}), key[len(owner) + 1 :]: raw}
                 sources[owner] = layer.source
                 continue
             if key not in keys:

@@ -2,3 +2,7 @@
 
 Importing this package does not import torch; only `batch`, `held_out` and `loader` do.
 """
+
+from .decomposition import Piece, decompose
+
+__all__ = ["Piece", "decompose"]

@@ -4,8 +4,9 @@ A bucket is one source's pieces of one length. Two rules make a step:
 
 1. *Shares*: the tokens that each bucket should give to this step, real numbers that add up to the step's
    constant budget. `natural`, `uniform` and `weights` have fixed shares; `grow-*` and `shrink-*` divide
-   the run into cycles, give each bucket its natural share of a cycle, and draw from what is left of it
-   with odds that favour short (grow) or long (shrink) pieces, so that lengths move inside a cycle.
+   the run into cycles, give each bucket its natural share of a cycle, and take from it in proportion to
+   that share times odds that favour short (grow) or long (shrink) pieces until it is used up, so that
+   lengths move inside a cycle.
 2. *Rounding*: whole pieces are drawn so that a step has exactly its budget, and what a bucket is owed
    is remembered, so that shares over many steps are those of rule 1 to within a few pieces.
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DataError
 from .index import Int64s
@@ -93,10 +95,13 @@ class _State:
     step: int
     drawn: Int64s  # [b] pieces so far
     owed: Floats  # [b] tokens that rounding still owes; sums to 0
-    left: Floats  # [b] tokens left of the cycle
+    quota: Floats  # [b] tokens of the cycle
+    left: Floats  # [b] tokens left of them
 
     def copy(self) -> "_State":
-        return _State(step=self.step, drawn=self.drawn.copy(), owed=self.owed.copy(), left=self.left.copy())
+        columns = (self.drawn, self.owed, self.quota, self.left)
+        drawn, owed, quota, left = (column.copy() for column in columns)
+        return _State(step=self.step, drawn=drawn, owed=owed, quota=quota, left=left)
 
 
 class Curriculum:
@@ -118,8 +123,8 @@ class Curriculum:
         self._steps, self._cycles = max(1, steps), max(1, min(wanted.cycles, steps))
         self._odds = _odds(buckets, wanted.kind)
         self._fixed = _fixed_shares(buckets, wanted)
-        zeros = np.zeros(len(buckets.length))
-        self._state = _State(step=0, drawn=zeros.astype(np.int64), owed=zeros.copy(), left=zeros.copy())
+        none = np.zeros(len(buckets.length))
+        self._state = _State(step=0, drawn=none.astype(np.int64), owed=none, quota=none, left=none).copy()
         self._snapshots: dict[int, _State] = {0: self._state.copy()}
 
     def draw(self, step: int) -> tuple[Int64s, Int64s]:
@@ -184,16 +189,17 @@ class Curriculum:
     def _shares(self, state: _State, available: Int64s) -> Floats:
         """Tokens that each bucket should give to this step; they add up to the budget."""
         usable = self._usable(available)
-        caps = np.where(usable, available * self.buckets.length, 0).astype(np.float64)
+        caps = np.where(usable, available * self.buckets.length.astype(np.float64), 0.0)
         weights = np.asarray(self.wanted.source_weights(state.step), dtype=np.float64)
         fixed = _by_source(self._fixed * usable, self.buckets.source, weights)
         if self._odds is None:
             return self._filled(fixed, caps, state.step)
         start, stop = self._cycle(state.step)
         if state.step == start:
-            state.left = state.left + fixed * (self._budget * (stop - start))
-        left = np.minimum(np.maximum(state.left, 0.0), caps)
-        shares = water_fill(state.left.clip(min=0) * self._odds, left, self._budget)
+            state.quota = state.left + fixed * (self._budget * (stop - start))
+            state.left = state.quota
+        left = np.minimum(state.left.clip(min=0.0), caps)
+        shares = water_fill(state.quota.clip(min=0.0) * self._odds, left, self._budget)
         if shares is None:  # limits leave less than the cycle wants: take from what there is
             shares = self._filled(fixed, caps, state.step)
         state.left = state.left - shares
@@ -207,14 +213,15 @@ class Curriculum:
             raise DataError(self._spent(step))
         return filled
 
-    def _usable(self, available: Int64s) -> np.ndarray:
+    def _usable(self, available: Int64s) -> npt.NDArray[np.bool_]:
         """Buckets that a step can take from; in one_bucket mode a class must fill the whole step."""
         if self.wanted.mode == "mixed":
             return available > 0
         lengths = self.buckets.length
         total = {int(k): int((available * lengths)[lengths == k].sum()) for k in np.unique(lengths)}
         full = np.array([total[int(k)] >= self._budget for k in lengths])
-        return (available > 0) & full
+        usable: npt.NDArray[np.bool_] = (available > 0) & full
+        return usable
 
     def _cycle(self, step: int) -> tuple[int, int]:
         """First step of the cycle that holds `step`, and of the next one."""
@@ -242,8 +249,9 @@ def _odds(buckets: Buckets, kind: Kind) -> Floats | None:
     rank = np.searchsorted(classes, buckets.length)
     if direction == "grow":
         rank = len(classes) - 1 - rank
-    odds = np.array([_ODDS[form](int(r)) for r in rank])
-    return odds / odds.max()
+    odds: Floats = np.array([_ODDS[form](int(r)) for r in rank])
+    odds /= odds.max()
+    return odds
 
 
 def _fixed_shares(buckets: Buckets, wanted: Wanted) -> Floats:

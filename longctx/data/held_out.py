@@ -10,8 +10,8 @@ from .batch import PackedBatch, build_batch
 from .index import Int64s
 from .packing import Pack, assign, best_fit, cut_documents
 from .split import hash_numbers
-from .tokens import Tokens
 from .tokenizers import Tokenizer
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from ..config.schema import DataConfig

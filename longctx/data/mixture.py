@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..config.schema import CurriculumConfig, DataConfig, SourceConfig
     from .sources import Opened
 
-_NO_LIMIT = 1 << 52
+_NO_LIMIT = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,13 @@ class MixturePacks:
     """Packs of every step, in the place of `packing.StepPacks`."""
 
     def __init__(
-        self, bucketed: Bucketed, curriculum: Curriculum, *, seed: int, microbatch_tokens: int, step_tokens: int
+        self,
+        bucketed: Bucketed,
+        curriculum: Curriculum,
+        *,
+        seed: int,
+        microbatch_tokens: int,
+        step_tokens: int,
     ) -> None:
         longest = int(bucketed.buckets.length.max())
         if microbatch_tokens % longest:
@@ -198,9 +204,7 @@ def make_mixture(
         step_tokens=tokens[1],
         steps=steps,
     )
-    return MixturePacks(
-        bucketed, curriculum, seed=seed, microbatch_tokens=tokens[0], step_tokens=tokens[1]
-    )
+    return MixturePacks(bucketed, curriculum, seed=seed, microbatch_tokens=tokens[0], step_tokens=tokens[1])
 
 
 def wanted(data: "DataConfig", config: "CurriculumConfig", bucketed: Bucketed, *, steps: int) -> Wanted:

@@ -70,5 +70,5 @@ def _points(source: "SourceConfig") -> tuple[list[float], list[float]]:
                 f"data.sources[{source.name}]: weight {weight} at progress {at}; weights are 0 or more, "
                 "progress runs from 0 (first step) to 1 (last step)"
             )
-    at = sorted(schedule)
-    return at, [schedule[each] for each in at]
+    progress = sorted(schedule)
+    return progress, [schedule[each] for each in progress]

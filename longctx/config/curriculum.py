@@ -1,0 +1,73 @@
+"""Cross-field checks of curricula, sources and step plans. Pure."""
+
+from ..errors import ConfigError
+from .schema import Config
+from .units import format_tokens
+
+
+def check_curriculum(config: Config) -> None:
+    """Lengths are powers of two and fill a step exactly; sources have a curriculum that mixes them.
+
+    Args:
+        config: `train.microbatch_tokens` already a number.
+
+    Raises:
+        ConfigError: naming the keys and what to change.
+    """
+    if config.curriculum.kind == "off":
+        if config.data.sources:
+            raise ConfigError(
+                "data.sources are mixed by a curriculum, and curriculum.kind=off; set curriculum.kind="
+                "natural (lengths as the sources have them), or name one data.path instead"
+            )
+        return
+    seq_len, batch = config.data.seq_len, config.train.global_batch_tokens
+    if seq_len & (seq_len - 1):
+        below = 1 << (seq_len.bit_length() - 1)
+        raise ConfigError(
+            f"data.seq_len={seq_len} is no power of two, and a curriculum draws pieces of power-of-two "
+            f"lengths; set data.seq_len={format_tokens(below)} or {format_tokens(2 * below)}, or "
+            "curriculum.kind=off"
+        )
+    low = 1 << max(0, config.data.min_len - 1).bit_length()
+    if low > seq_len:
+        raise ConfigError(
+            f"data.min_len={config.data.min_len} is above data.seq_len={seq_len} once rounded up to a power "
+            f"of two ({low}); set data.min_len to at most {seq_len}"
+        )
+    if batch % seq_len:
+        near = max(1, round(batch / seq_len)) * seq_len
+        raise ConfigError(
+            f"train.global_batch_tokens={format_tokens(batch)} is no multiple of data.seq_len="
+            f"{format_tokens(seq_len)}, and every step of a curriculum has exactly that many tokens; set "
+            f"train.global_batch_tokens={format_tokens(near)}"
+        )
+    micro = config.train.microbatch_tokens
+    if isinstance(micro, int) and micro % seq_len:
+        raise ConfigError(
+            f"train.microbatch_tokens={format_tokens(micro)} is no multiple of data.seq_len="
+            f"{format_tokens(seq_len)}, so microbatches could not be filled; set "
+            f"train.microbatch_tokens={format_tokens(-(-micro // seq_len) * seq_len)}"
+        )
+    if config.curriculum.kind == "weights" and not any(w > 0 for w in config.curriculum.weights.values()):
+        raise ConfigError(
+            "curriculum.kind=weights needs curriculum.weights, a weight for at least one length class; set "
+            f"for example curriculum.weights.{format_tokens(seq_len)}=1"
+        )
+    _check_sources(config)
+
+
+def _check_sources(config: Config) -> None:
+    names = [source.name for source in config.data.sources]
+    for number, source in enumerate(config.data.sources):
+        where = f"data.sources[{number}]"
+        if not source.name or not source.path or names.count(source.name) > 1:
+            raise ConfigError(
+                f"{where} has name {source.name!r} and path {source.path!r}; give every source a path and a "
+                "name of its own"
+            )
+        if not source.weight >= 0 or not source.max_epochs >= 0:
+            raise ConfigError(
+                f"{where} ({source.name}): weight={source.weight}, max_epochs={source.max_epochs}; choose 0 "
+                "or more"
+            )
