@@ -88,7 +88,7 @@ class Wanted:
     """Names, for messages."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class _State:
     """Where the replay stands, before `step` is drawn."""
 
@@ -99,9 +99,8 @@ class _State:
     left: Floats  # [b] tokens left of them
 
     def copy(self) -> "_State":
-        columns = (self.drawn, self.owed, self.quota, self.left)
-        drawn, owed, quota, left = (column.copy() for column in columns)
-        return _State(step=self.step, drawn=drawn, owed=owed, quota=quota, left=left)
+        floats = (column.copy() for column in (self.owed, self.quota, self.left))
+        return _State(self.step, self.drawn.copy(), *floats)
 
 
 class Curriculum:
@@ -124,7 +123,7 @@ class Curriculum:
         self._odds = _odds(buckets, wanted.kind)
         self._fixed = _fixed_shares(buckets, wanted)
         none = np.zeros(len(buckets.length))
-        self._state = _State(step=0, drawn=none.astype(np.int64), owed=none, quota=none, left=none).copy()
+        self._state = _State(0, none.astype(np.int64), none, none, none).copy()
         self._snapshots: dict[int, _State] = {0: self._state.copy()}
 
     def draw(self, step: int) -> tuple[Int64s, Int64s]:
