@@ -41,7 +41,7 @@ def tokens_of(layout):
 def test_every_token_has_one_rank(lengths, ring, ulysses, kind):
     layout = build(lengths, ring, ulysses, kind)
     shares = tokens_of(layout)
-    assert sorted(sum(shares, [])) == list(range(sum(lengths)))
+    assert sorted(token for share in shares for token in share) == list(range(sum(lengths)))
     assert all(share == sorted(share) for share in shares)
     for r in range(ring):
         sizes = [len(share) for share in shares[r * ulysses : (r + 1) * ulysses]]
@@ -94,7 +94,7 @@ def test_long_tail_packs_are_even(ring, seed, total):
     lengths = []
     while sum(lengths) < total:
         lengths.append(int(min(np.exp(generator.normal(6.5, 1.3)) + 1, total - sum(lengths))))
-    work, tokens, cuts = balance(build(lengths, ring))
+    work, tokens, _ = balance(build(lengths, ring))
     assert work <= WORK_LIMIT and tokens <= TOKEN_LIMIT
 
 
