@@ -14,6 +14,7 @@ from .. import checkpoint
 from ..build import Run, World, build
 from ..config.schema import Config
 from ..errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE
 from . import throughput
 from .report import box, opening
 from .run_folder import METRICS, RunFolder
@@ -21,8 +22,6 @@ from .schedule import learning_rate
 from .sinks import JsonlSink, Row, Sink, TerminalSink, WandbSink
 from .step import StepResult, evaluate, train_step
 from .stop import StopRequest
-
-DONE, BAD_INPUT, REQUEUE, FAILED = 0, 2, 64, 1
 
 
 @dataclass(kw_only=True, slots=True)

@@ -50,7 +50,7 @@ class RunFolder:
                 file.write(json.dumps(row) + "\n")
 
     def finish(self, exit_code: int, **figures: Any) -> None:
-        """Write summary.json; its `exit_code` is what the launcher returns (docs/protocol.md)."""
+        """Write summary.json: how the run ended and its last figures."""
         if self._rank == 0:
             seconds = time.monotonic() - self._started
             summary = {"exit_code": exit_code, "wall_s": round(seconds, 3)} | figures
