@@ -70,15 +70,14 @@ def head_blocks(share: HeadShare, num_heads: int, num_kv_heads: int, mask: Mask)
         The blocks, or None when one block holds all heads.
     """
     ratio = num_heads // num_kv_heads
-    half = num_heads // 2 if mask.group_shift else 0
+    half = num_heads // 2 if mask.group_shift else num_heads
     blocks: list[Heads] = []
     for kv in range(*share.kv):
         low, high = max(share.q[0], kv * ratio), min(share.q[1], (kv + 1) * ratio)
         for start, stop in ((low, min(high, half)), (max(low, half), high)):
             if start < stop:
-                _append(blocks, start - share.q[0], stop - share.q[0], kv - share.kv[0], start >= half > 0)
-    whole = len(blocks) == 1 and not blocks[0].shifted
-    return None if whole and not mask.group_shift else tuple(blocks)
+                _append(blocks, start - share.q[0], stop - share.q[0], kv - share.kv[0], start >= half)
+    return None if len(blocks) == 1 and mask.group_shift is None else tuple(blocks)
 
 
 def _append(blocks: list[Heads], start: int, stop: int, kv: int, shifted: bool) -> None:

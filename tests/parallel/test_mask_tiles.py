@@ -122,7 +122,7 @@ def test_a_head_tail_pair_is_one_tile_per_hop():
         plan = ring_plan(shares, rank, 4, 4)
         tiles = [[t for batch in step.batches for t in batch.tiles] for step in plan.steps]
         assert [len(t) for t in tiles] == [1, 1, 1, 1]
-        assert [(t.rows, t.columns) for (t,) in tiles][0] == (16, 16)
+        assert next((t.rows, t.columns) for (t,) in tiles) == (16, 16)
         assert sorted((t.rows, t.columns) for (t,) in tiles[1:]) == sorted(
             [(16, 8)] * rank + [(8, 16)] * (3 - rank)
         )
