@@ -77,8 +77,10 @@ def test_gradients_travel_in_the_wire_dtype():
             assert not wrong, wrong[0]
 
 
-def formula(strategy, ring, ulysses, heads, head_dim, tokens, rho):
+def formula(case, tokens, rho):
     """Elements sent per rank, forward and backward: reference table for even shares."""
+    strategy, ring, ulysses = case.strategy, case.ring, case.ulysses
+    heads, head_dim = case.heads, case.head_dim
     d, n = heads[0] * head_dim, tokens // (ring * ulysses)
     k = (heads[1] if ulysses == 1 else max(heads[1], ulysses)) * head_dim
     exchange = (ulysses - 1) * n * (2 * d + 2 * k) // ulysses
@@ -106,7 +108,8 @@ EVEN = [
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_even_shares_send_what_the_formulas_say(strategy, ring, ulysses, heads, kind, itemsize):
     tokens, head_dim = 16 * ring * ulysses, 64
-    expected = formula(strategy, ring, ulysses, heads, head_dim, tokens, 4 // itemsize)
+    case = Case(strategy, ring, ulysses, heads, head_dim, (tokens,), kind, {})
+    expected = formula(case, tokens, 4 // itemsize)
     for rank in range(ring * ulysses):
         layout = SequenceLayout.build(
             [0, tokens],
@@ -116,9 +119,7 @@ def test_even_shares_send_what_the_formulas_say(strategy, ring, ulysses, heads, 
             ulysses_rank=rank % ulysses,
             kind=kind,
         )
-        sent = predicted(
-            Case(strategy, ring, ulysses, heads, head_dim, (tokens,), kind, {}), layout, itemsize
-        )
+        sent = predicted(case, layout, itemsize)
         assert (sent.forward_bytes, sent.backward_bytes) == tuple(itemsize * x for x in expected)
 
 
@@ -149,7 +150,7 @@ def test_any_shares_send_at_most_what_the_formulas_say(lengths, split, kind, str
     case = Case(strategy, ring, ulysses, heads, head_dim, tuple(lengths), kind, {})
     sent = [predicted(case, layout.at(r, u)) for r in range(ring) for u in range(ulysses)]
     ranks = ring * ulysses
-    forward, backward = formula(strategy, ring, ulysses, heads, head_dim, total * ranks, 1)
+    forward, backward = formula(case, total * ranks, 1)
     assert sum(t.forward_bytes for t in sent) <= 4 * forward
     assert sum(t.backward_bytes for t in sent) <= 4 * backward
 
