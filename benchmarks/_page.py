@@ -8,9 +8,10 @@ import harness
 
 HEAD = """# Measured
 
-Written by `python benchmarks/run_all.py --page` from the JSON files in `benchmarks/results/`, never by hand. One
-section per result, with the machine and the commit that it was measured on. Each script says in its first lines
-what it measures and against whom; peers are measured in the same run, in turns.
+Written by `python benchmarks/run_all.py --page` from the JSON files in `benchmarks/results/`,
+never by hand. One section per result, with the machine and the commit that it was measured on.
+Each script says in its first lines what it measures and against whom; peers are measured in the
+same run, in turns.
 """
 
 

@@ -1,6 +1,7 @@
 """Attention by its definition: a dense mask over the whole packed sequence, in one process."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 
@@ -66,3 +67,19 @@ def error(found, expected):
         return 0.0
     scale = max(float(expected[finite].abs().max()), 1e-3)
     return float(difference.nan_to_num(nan=torch.inf).max()) / scale
+
+
+def packed(lengths):
+    """A stand-in layout of one process: documents of these lengths, in order."""
+    return SimpleNamespace(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+
+
+def positions(lengths):
+    """position_ids [sum(lengths)], restarting per document."""
+    return torch.cat([torch.arange(n) for n in lengths] or [torch.zeros(0, dtype=torch.int64)])
+
+
+def attend(q, k, v, *, layout, mask):
+    """The reference as a decoder calls it: [t, H, D], [t, K, D], [t, K, D] -> [t, H, D]."""
+    seen = visible(layout.cu_seqlens.tolist(), mask, q.shape[1])
+    return attention(q, k, v, seen, q.shape[-1] ** -0.5)[0]
