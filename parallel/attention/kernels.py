@@ -5,6 +5,7 @@ Shapes: n query rows, m key rows, H query heads, K key/value heads, D head dim. 
 or without keys (torch's CPU flash op dies of SIGFPE there).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,3 +96,51 @@ def unseen(tile: Tile, device: torch.device) -> Tensor | None:
     if tile.high is not None:
         hidden |= distance > tile.high
     return hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """A batch of tiles as the arguments of a variable-length kernel."""
+
+    cu_q: Tensor
+    """[tiles + 1] int32: offsets of the tiles' packed query rows."""
+    cu_k: Tensor
+    """[tiles + 1] int32: offsets of the tiles' packed key rows."""
+    max_q: int
+    """Most query rows of a tile."""
+    max_k: int
+    """Most key rows of a tile."""
+
+
+def packing(batch: TileBatch, device: torch.device) -> Packing:
+    """Offsets of a batch on a device, computed once per batch."""
+    key = ("packing", device)
+    if key not in batch.cache:
+        rows, columns = [t.rows for t in batch.tiles], [t.columns for t in batch.tiles]
+        cu_q, cu_k = (
+            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+            for n in (rows, columns)
+        )
+        batch.cache[key] = Packing(cu_q=cu_q, cu_k=cu_k, max_q=max(rows), max_k=max(columns))
+    found: Packing = batch.cache[key]
+    return found
+
+
+def packed(x: Tensor, batch: TileBatch, *, keys: bool, dim: int = 0) -> Tensor:
+    """The tiles' rows along `dim` in tile order: a view where they are consecutive, else a gather.
+
+    Args:
+        x: rows of the whole block along `dim`.
+        batch: the tiles.
+        keys: whether x holds key rows or query rows.
+        dim: 0 for [n, heads, D], 1 for lse [H, n].
+    """
+    span = batch.k_span if keys else batch.q_span
+    if span is not None:
+        return x.narrow(dim, span[0], span[1] - span[0])
+    key = ("rows", keys, x.device)
+    if key not in batch.cache:
+        ranges = [(t.k, t.columns) if keys else (t.q, t.rows) for t in batch.tiles]
+        rows = torch.cat([torch.arange(first, first + length) for first, length in ranges])
+        batch.cache[key] = rows.to(x.device)
+    return x.index_select(dim, batch.cache[key])
