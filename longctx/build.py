@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore
 from torch.distributed import Store as RendezvousStore
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import parallelize
+from parallel.apply import BlockPolicy, parallelize
 from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
 from parallel.layout import SequenceLayout
@@ -51,6 +51,8 @@ class World:
     """Membership epoch; prefixes every key in the store."""
     timeout_s: float = 600.0
     """Seconds after which a collective that nobody answers is an error."""
+    backend: str | None = None
+    """torch.distributed backend; None: NCCL for GPUs, gloo for CPU processes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,7 +166,7 @@ def _join(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
+        world.backend or ("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"),
         store=PrefixStore(f"epoch-{world.epoch}", world.store),
         rank=world.rank,
         world_size=world.size,
@@ -179,10 +181,22 @@ def _model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
     stored = torch.promote_types(compute, torch.float32)
     with torch.device("meta"):
         model = Decoder(config.model, attend).to(stored)
-    policy = FsdpPolicy(param_dtype=compute, reduce_dtype=stored)
-    parallelize(model, model.layers.values(), mesh=mesh, policy=policy)
+    policy = FsdpPolicy(
+        param_dtype=compute,
+        reduce_dtype=stored,
+        reshard_after_forward=config.parallel.reshard_after_forward,
+    )
+    parallelize(
+        model, model.layers.values(), mesh=mesh, policy=policy, block_policy=_block_policy(config.train)
+    )
     model.to_empty(device=device)
     return model
+
+
+def _block_policy(config: TrainConfig) -> BlockPolicy:
+    words = {"none": 0, "full": 1}
+    every = words[config.recompute] if isinstance(config.recompute, str) else config.recompute
+    return BlockPolicy(recompute_every=every, compile=config.compile)
 
 
 @torch.no_grad()

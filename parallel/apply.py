@@ -1,19 +1,38 @@
 """The one order in which a model is made parallel; later axes join this list.
 
-tensor -> checkpointing -> compile -> FSDP -> pipeline. Today: tensor, FSDP.
+tensor -> checkpointing -> compile -> FSDP -> pipeline.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import nn
 
 from . import fsdp
+from .blocks import compile_blocks, recompute
 from .fsdp import FsdpPolicy
 from .mesh import Mesh
 from .tensor.split import split
 
 
-def parallelize(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, policy: FsdpPolicy) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPolicy:
+    """What happens to each block before FSDP."""
+
+    recompute_every: int = 0
+    """Activation checkpointing of every n-th block; 0: none, 1: all."""
+    compile: bool = False
+    """Whether each block is compiled with torch.compile."""
+
+
+def parallelize(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    mesh: Mesh,
+    policy: FsdpPolicy,
+    block_policy: BlockPolicy = BlockPolicy(),
+) -> None:
     """Make `model` parallel in place, over every axis of `mesh`.
 
     A model is always FSDP-wrapped, also on one rank, so that there is one path.
@@ -23,7 +42,11 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, po
         blocks: its repeated blocks, in order.
         mesh: the world.
         policy: dtypes and resharding of FSDP.
+        block_policy: recomputation and compilation.
     """
     blocks = list(blocks)
     split(model, blocks, mesh=mesh)
+    recompute(blocks, block_policy.recompute_every)
+    if block_policy.compile:
+        compile_blocks(blocks)
     fsdp.shard(model, blocks, mesh=mesh, policy=policy)

@@ -24,8 +24,9 @@ class FsdpPolicy:
     """Dtype of the gathered parameters, hence of the computation."""
     reduce_dtype: torch.dtype
     """Dtype of the gradient reduction; also of the sharded gradient."""
-    reshard_after_forward: bool = True
-    """Free gathered parameters after forward (ZeRO-3) or keep them until backward (ZeRO-2)."""
+    reshard_after_forward: bool | int = True
+    """After forward free a block's gathered parameters (ZeRO-3), keep them until backward (False,
+    ZeRO-2), or keep a copy sharded over so many consecutive ranks (ZeRO++'s secondary shard)."""
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh, policy: FsdpPolicy) -> None:
@@ -68,12 +69,10 @@ def forward_only(model: nn.Module) -> Iterator[None]:
     is sharded again, `model.parameters()` are whole plain tensors that no optimizer knows, and a
     checkpoint taken then would miss their moments.
     """
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in fsdp_modules(model):
-            module.reshard()
+    with torch.no_grad():
+        yield
+    for module in fsdp_modules(model):  # not after an error, which this would hide by another
+        module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

@@ -14,6 +14,7 @@ VERBS: Mapping[str, str] = {
     "prepare": "turn documents into a tokenized store; prints the length histogram",
     "verify": "compare one batch in the chosen layout with one process",
     "config": "show every value with its source, or check a configuration for a world",
+    "doctor": "check this machine: --selftest compares every layout with one process",
     "launch": "start a program on machines",
 }
 USAGE = "usage: longctx VERB [FILE ...] [key=value ...] [~key] [--json]"

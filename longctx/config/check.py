@@ -47,6 +47,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     degrees = choose_or_check(config, machine)
     check_attention(config, degrees)
     check_tensor(config.model, degrees)
+    check_fsdp(config, degrees)
     chosen = replace(config.parallel, dp_shard=degrees.dp_shard, ring=degrees.ring, ulysses=degrees.ulysses)
     return replace(config, parallel=chosen)
 
@@ -236,6 +237,30 @@ def check_tensor(model: ModelConfig, degrees: ParallelConfig) -> None:
         raise ConfigError(
             f"parallel.tp={tp} leaves {model.num_heads // tp} of model.num_heads={model.num_heads} to each "
             f"rank, fewer than parallel.ulysses={degrees.ulysses}; lower one of them, or use parallel.ring"
+        )
+
+
+def check_fsdp(config: Config, degrees: ParallelConfig) -> None:
+    """The group that keeps parameters after forward, and the recomputed blocks."""
+    group = config.parallel.reshard_after_forward
+    if not isinstance(group, bool):
+        if degrees.tp > 1 or degrees.pp > 1:
+            # torch makes the groups inside each fsdp mesh, which then differ between the ranks.
+            raise ConfigError(
+                f"parallel.reshard_after_forward={group} works with parallel.tp=1 and parallel.pp=1, not "
+                f"tp={degrees.tp}, pp={degrees.pp}; choose true or false"
+            )
+        valid = [d for d in range(2, degrees.fsdp) if degrees.fsdp % d == 0]
+        if group not in valid:
+            raise ConfigError(
+                f"parallel.reshard_after_forward={group} must be a smaller group of the dp_shard x ring x "
+                f"ulysses = {degrees.fsdp} ranks; choose {', '.join(map(str, ['true', 'false', *valid]))}"
+            )
+    every = config.train.recompute
+    if isinstance(every, int) and not 1 <= every <= config.model.num_layers:
+        raise ConfigError(
+            f"train.recompute={every}; choose none, full, or n for every n-th of "
+            f"model.num_layers={config.model.num_layers} blocks, at most {config.model.num_layers}"
         )
 
 

@@ -189,6 +189,9 @@ class DegreesConfig:
     """Ranks that split every matrix."""
     ep: int = 1
     """Ranks that split the experts."""
+    reshard_after_forward: bool | int = True
+    """FSDP after a block's forward: `true` frees its parameters, `false` keeps them until backward; a
+    number n keeps them sharded over n consecutive ranks (inside a node)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +218,10 @@ class TrainConfig:
     """Token budget of one forward and backward of a sequence group; `auto`: `data.seq_len`."""
     dtype: Dtype = "auto"
     """Compute type of parameters and activations; `auto`: bfloat16 on cuda, float32 on cpu."""
+    recompute: int | Literal["none", "full"] = "none"
+    """Activation checkpointing: `none`, `full` (every block), or n for every n-th block."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first step takes seconds to minutes longer."""
     lr: float = 3e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.1

@@ -67,16 +67,38 @@ def verify(config: Config, world: World) -> int:
         0 when everything agrees within the tolerance of the dtype, else 1.
     """
     config = _reduced(config, world)
-    reference = _reference(config, world) if world.rank == 0 else None
+    found, _ = differences(config, world)
+    tolerance = tolerance_of(config)
+    if world.rank == 0:
+        _print(found, tolerance, config)
+    return int(any(not d.error <= tolerance for d in found))
+
+
+def differences(
+    config: Config, world: World, reference: Reference | None = None
+) -> tuple[list[Difference], Reference | None]:
+    """Compare every tensor of the first step.
+
+    Args:
+        config: resolved for `world.size`.
+        world: this process among the others.
+        reference: what one process computes, if rank 0 knows it already.
+
+    Returns:
+        The differences, and the reference on rank 0.
+    """
+    if reference is None and world.rank == 0:
+        reference = _reference(config, world)
     run = build(config, replace(world, epoch=world.epoch + 1))
     try:
-        differences = list(_compare(run, reference))
+        return list(_compare(run, reference)), reference
     finally:
         run.close()
-    tolerance = TOLERANCE[torch.float64 if config.train.dtype == "float64" else torch.float32]
-    if world.rank == 0:
-        _print(differences, tolerance, config)
-    return int(any(not d.error <= tolerance for d in differences))
+
+
+def tolerance_of(config: Config) -> float:
+    """The largest difference over the tensor's scale that counts as equal."""
+    return TOLERANCE[torch.float64 if config.train.dtype == "float64" else torch.float32]
 
 
 def _reduced(config: Config, world: World) -> Config:
@@ -109,7 +131,9 @@ def _fitting_layers(config: Config, limit_bytes: float) -> int:
 
 def _reference(config: Config, world: World) -> Reference:
     alone = World(rank=0, size=1, device=world.device, store=HashStore(), timeout_s=world.timeout_s)
-    run = build(replace(config, parallel=DegreesConfig(dp_shard=1, ring=1, ulysses=1)), alone)
+    plain = replace(config.train, recompute="none", compile=False)
+    degrees = DegreesConfig(dp_shard=1, ring=1, ulysses=1)
+    run = build(replace(config, parallel=degrees, train=plain), alone)
     try:
         with fsdp.forward_only(run.model):
             logits = forward(run, _first_batch(run))[0][: _logit_rows(run)].clone()

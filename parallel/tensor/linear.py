@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
-from ..comm import Group
 from ..mesh import Mesh
-from .tokens import scatter_tokens
+from .tokens import ScatterTokens
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -73,9 +72,9 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight = split_parameter(whole.weight, 1, mesh)
         self.bias = whole.bias
-        self.group: Group = mesh.group("tp")
+        self.scatter = ScatterTokens(mesh.group("tp"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, in / R] -> [n, E]."""
-        y = scatter_tokens(F.linear(x, local(self.weight)), self.group)
+        y: Tensor = self.scatter(F.linear(x, local(self.weight)))
         return y if self.bias is None else y + self.bias

@@ -1,17 +1,16 @@
 """Replace a model's matrices by split ones, in place, following the rules of `plan`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..comm import Group
 from ..errors import ConfigError
 from ..layout import SequenceLayout
 from ..mesh import Mesh
 from .linear import ColumnLinear, RowLinear, SharedLinear
 from .plan import Region, regions
-from .tokens import gather_tokens
+from .tokens import GatherTokens
 from .vocabulary import VocabEmbedding, VocabHead
 
 
@@ -50,17 +49,15 @@ def _split_region(module: nn.Module, region: Region, mesh: Mesh) -> None:
         whole = module.get_submodule(child)
         setattr(module, child, SharedLinear(whole, int(module.head_dim), mesh))  # type: ignore[arg-type]
     setattr(module, region.row, RowLinear(module.get_submodule(region.row), mesh))  # type: ignore[arg-type]
-    module.register_forward_pre_hook(_gather_input(mesh.group("tp")))
+    module.gather_tokens = GatherTokens(mesh.group("tp"))
+    module.register_forward_pre_hook(_gather_input)
 
 
-def _gather_input(group: Group) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # A module that is told the layout works on exactly its tokens; any other on padded rows.
-        layouts = [a for a in args if isinstance(a, SequenceLayout)]
-        rows = len(layouts[0].token_index) if layouts else None
-        return (gather_tokens(args[0], group, rows), *args[1:])
-
-    return gather
+def _gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # A module that is told the layout works on exactly its tokens; any other on padded rows.
+    layouts = [a for a in args if isinstance(a, SequenceLayout)]
+    rows = len(layouts[0].token_index) if layouts else None
+    return (module.gather_tokens(args[0], rows), *args[1:])  # type: ignore[operator]
 
 
 def _split_vocabulary(model: nn.Module, inside: set[nn.Module], mesh: Mesh) -> None:

@@ -12,7 +12,7 @@ Source: Reducing Activation Recomputation in Large Transformer Models (Korthikan
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import comm
 from ..comm import Group
@@ -34,6 +34,30 @@ def scatter_tokens(x: Tensor, group: Group) -> Tensor:
     """
     scattered: Tensor = _Scatter.apply(x, group)  # type: ignore[no-untyped-call]
     return scattered
+
+
+class Exchange(nn.Module):
+    """Communication as a module of its own, so that compilation can leave it out of a graph."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+
+class GatherTokens(Exchange):
+    """`gather_tokens` over a group."""
+
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """[n, E] -> [t, E] or [R n, E]."""
+        return gather_tokens(x, self.group, rows)
+
+
+class ScatterTokens(Exchange):
+    """`scatter_tokens` over a group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, E] -> [n, E]."""
+        return scatter_tokens(x, self.group)
 
 
 class _Gather(torch.autograd.Function):

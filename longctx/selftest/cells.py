@@ -1,0 +1,177 @@
+"""The cells of the parity matrix, and a small cover of all their pairs. Pure, without torch."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from types import MappingProxyType
+
+AXES = ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+STEPS = 10
+"""Optimizer steps that must stay together in float64."""
+MICROBATCH = 256
+
+FACTORS: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        **{axis: (1, 2) for axis in AXES},
+        "dtype": ("float32", "float64"),
+        "recompute": ("none", "full", 2),
+        "batch": ("one", "three", "empty"),
+        "model": ("tied", "untied"),
+        "reshard": (True, False, 2),
+        "compile": (False, True),
+    }
+)
+"""What a cell chooses: degrees, and how the step is computed."""
+
+_MODELS = {
+    "tied": ("model.tied_embeddings=true",),
+    "untied": ("model.tied_embeddings=false", "model.attention_bias=true", "model.qk_norm=true"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One combination."""
+
+    degrees: tuple[int, ...]
+    """Degree of each of `AXES`."""
+    dtype: str = "float64"
+    """float32 or float64."""
+    recompute: str | int = "none"
+    """train.recompute."""
+    batch: str = "one"
+    """one or three microbatches a sequence group, or `empty`: two tokens in all."""
+    model: str = "tied"
+    """tied, or untied with biases and query/key norms."""
+    reshard: bool | int = True
+    """parallel.reshard_after_forward."""
+    compile: bool = False
+    """train.compile."""
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        size = 1
+        for degree in self.degrees:
+            size *= degree
+        return size
+
+    @property
+    def layout(self) -> str:
+        """Its axes in words."""
+        axes = [f"{axis} {n}" for axis, n in zip(AXES, self.degrees, strict=True) if n > 1]
+        return " x ".join(axes) or "one process"
+
+    @property
+    def name(self) -> str:
+        """Layout and options in words."""
+        reshard = f"reshard {str(self.reshard).lower()}"
+        words = [self.dtype, f"recompute {self.recompute}", f"batch {self.batch}", self.model, reshard]
+        return ", ".join([self.layout, *words, *(["compiled"] if self.compile else [])])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps to compare after the gradients."""
+        return STEPS if self.dtype == "float64" and self.batch == "three" else 0
+
+    def overrides(self) -> list[str]:
+        """Keys on top of the self-test's base configuration."""
+        groups = self.degrees[0] * self.degrees[1]
+        tokens = 2 if self.batch == "empty" else MICROBATCH
+        packs = {"one": groups, "three": 3 * groups, "empty": 1}[self.batch]
+        degrees = [f"parallel.{axis}={n}" for axis, n in zip(AXES, self.degrees, strict=True)]
+        return [
+            *degrees,
+            *_MODELS[self.model],
+            f"parallel.reshard_after_forward={str(self.reshard).lower()}",
+            f"train.dtype={self.dtype}",
+            f"train.recompute={self.recompute}",
+            f"train.compile={str(self.compile).lower()}",
+            f"train.microbatch_tokens={tokens}",
+            f"train.global_batch_tokens={tokens * packs}",
+            f"data.seq_len={tokens}",
+        ]
+
+    def legal(self, processes: int) -> bool:
+        """Whether it fits the processes and asks for something that exists."""
+        fsdp = self.degrees[1] * self.degrees[2] * self.degrees[3]
+        sharded_copy = isinstance(self.reshard, bool) or (fsdp > self.reshard and self.degrees[4] == 1)
+        return self.size <= processes and sharded_copy and not (self.compile and self.batch == "empty")
+
+
+def write_corpus(folder: Path) -> None:
+    """Made-up documents with a long tail of lengths: 10 to about 1500 characters."""
+    chooser = random.Random(0)
+    words = ["long", "context", "runs", "exact", "fast", "ring", "token", "shard", "a", "of", "the"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(60):
+        count = int(2 + 250 * chooser.random() ** 3)
+        text = " ".join(chooser.choice(words) for _ in range(count))
+        (folder / f"doc{number:03d}.txt").write_text(text)
+
+
+def layouts(processes: int) -> Iterator[tuple[int, ...]]:
+    """Every choice of degree 1 or 2 on each axis that fits, fewest axes first; then tp 4 alone."""
+    for count in range(1, len(AXES) + 1):
+        if 2**count <= processes:
+            for chosen in combinations(range(len(AXES)), count):
+                yield tuple(2 if i in chosen else 1 for i in range(len(AXES)))
+    if processes >= 4:
+        yield (1, 1, 1, 1, 4)
+
+
+def matrix(processes: int) -> list[Cell]:
+    """The whole matrix: every layout, both dtypes, recomputation, accumulation, empty shares, resharding."""
+    cells = []
+    for degrees, dtype in product(layouts(processes), ("float32", "float64")):
+        cells += [
+            Cell(degrees=degrees, dtype=dtype, batch="three", model="untied"),
+            Cell(degrees=degrees, dtype=dtype, batch="one", recompute="full"),
+            Cell(degrees=degrees, dtype=dtype, batch="empty", recompute=2, reshard=False),
+            Cell(degrees=degrees, dtype=dtype, batch="one", reshard=2),
+        ]
+    return [cell for cell in cells if cell.legal(processes)]
+
+
+def compiled(processes: int) -> list[Cell]:
+    """Three layouts with compiled blocks; they take minutes."""
+    degrees = [(1, 1, 1, 1, 2), (1, 1, 1, 2, 1), (1, 2, 2, 1, 1)]
+    cells = [Cell(degrees=d, compile=True, recompute="full", batch="three") for d in degrees]
+    return [cell for cell in cells if cell.legal(processes)]
+
+
+def pairwise(processes: int, seed: int = 0, *, fixed: Mapping[str, object] | None = None) -> list[Cell]:
+    """Few cells in which every two values of two factors that can meet do meet.
+
+    Greedy: of many random cells, the one that shows most new pairs, until none shows any.
+
+    Args:
+        processes: the most that a cell may use.
+        seed: of the choice.
+        fixed: factors held at a value, such as `{"compile": False}`.
+    """
+    chooser = random.Random(seed)
+    values = {name: ((fixed or {})[name],) if name in (fixed or {}) else v for name, v in FACTORS.items()}
+    pool = [c for c in (_draw(chooser, values) for _ in range(4000)) if c.legal(processes)]
+    missing = set().union(*(_pairs(cell) for cell in pool))
+    chosen: list[Cell] = []
+    while missing:
+        best = max(pool, key=lambda cell: len(_pairs(cell) & missing))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def _draw(chooser: random.Random, values: Mapping[str, tuple[object, ...]]) -> Cell:
+    drawn = {name: chooser.choice(options) for name, options in values.items()}
+    degrees = tuple(int(str(drawn.pop(axis))) for axis in AXES)
+    return Cell(degrees=degrees, **drawn)  # type: ignore[arg-type]
+
+
+def _pairs(cell: Cell) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+    options: Iterable[str] = [name for name in FACTORS if name not in AXES]
+    shown = [(axis, str(n)) for axis, n in zip(AXES, cell.degrees, strict=True)]
+    shown += [(name, str(getattr(cell, name))) for name in options]
+    return set(combinations(shown, 2))

@@ -1,0 +1,59 @@
+"""What happens to each block alone, before FSDP wraps it: recomputation and compilation.
+
+Both replace a block's `forward` and leave its parameters and their names alone.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Attention
+from .tensor.tokens import Exchange
+
+
+def recompute(blocks: Sequence[nn.Module], every: int) -> None:
+    """Keep only the input of every n-th block and compute its inside again in backward.
+
+    Nothing in a block draws from torch's generators (`parallel.random` is a function of the token),
+    so there is no generator state to keep.
+
+    Args:
+        blocks: in order.
+        every: 1 for all of them, n for blocks 0, n, 2n ...; 0 for none.
+
+    Cost: one more forward of those blocks, its communication included.
+
+    Source: Training Deep Nets with Sublinear Memory Cost (Chen et al. 2016).
+    """
+    for block in blocks[::every] if every else []:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile each block for any number of tokens; communication and attention stay outside the graphs.
+
+    Planning an exchange is Python over the microbatch's documents: a graph that followed it would be
+    compiled again for every microbatch.
+
+    Cost: the first forward and backward take seconds to minutes.
+    """
+    # Graphs of a model that was built before in this process belong to other tensors.
+    torch.compiler.reset()
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, Exchange):
+                module.forward = _outside(module.forward)  # type: ignore[method-assign]
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Attention):
+                    setattr(module, name, _outside(value))
+        block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+
+
+def _outside(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    kept: Callable[..., torch.Tensor] = torch.compiler.disable(function, reason="communicates")  # type: ignore[attr-defined]
+    return kept
