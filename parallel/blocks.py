@@ -29,9 +29,7 @@ def recompute(blocks: Sequence[nn.Module], every: int) -> None:
     Source: Training Deep Nets with Sublinear Memory Cost (Chen et al. 2016).
     """
     for block in blocks[::every] if every else []:
-        block.forward = partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -47,13 +45,13 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         for module in block.modules():
             if isinstance(module, Exchange):
-                module.forward = _outside(module.forward)  # type: ignore[method-assign]
+                module.forward = _outside(module.forward)
             for name, value in list(vars(module).items()):
                 if isinstance(value, Attention):
                     setattr(module, name, _outside(value))
-        block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def _outside(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    kept: Callable[..., torch.Tensor] = torch.compiler.disable(function, reason="communicates")  # type: ignore[attr-defined]
+    kept: Callable[..., torch.Tensor] = torch.compiler.disable(function, reason="communicates")
     return kept

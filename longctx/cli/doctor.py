@@ -12,8 +12,7 @@ from ..errors import ConfigError
 from ..protocol import BAD_INPUT, DONE, FAILED
 from .arguments import make_parser
 from .machine import visible_gpus
-from .packages import HOME, check_packages
-from .start import become_launcher, under_torchrun
+from .start import become_launcher, check_packages, under_torchrun
 
 if TYPE_CHECKING:
     from ..build import World
@@ -139,6 +138,6 @@ def _machine() -> str:
 
 
 def _commit() -> str:
-    words = ["git", "-C", str(HOME), "rev-parse", "--short", "HEAD"]
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from torch.distributed import HashStore, PrefixStore
 
 from ..build import World, build

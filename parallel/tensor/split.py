@@ -77,4 +77,5 @@ def _split_vocabulary(model: nn.Module, inside: set[nn.Module], mesh: Mesh) -> N
 
 def _without_padding(model: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
     rows = len(args[0])
-    return logits if len(logits) == rows else logits[:rows]
+    # A copy: FSDP hangs its backward hook on the output, which must not be a view.
+    return logits if len(logits) == rows else logits[:rows].clone()
