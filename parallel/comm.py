@@ -56,6 +56,8 @@ class Group:
     """torch.distributed ProcessGroup; None when the group has one rank."""
     counter: Counter = field(default_factory=Counter)
     """Where calls and bytes are counted."""
+    warmed: list[bool] = field(default_factory=list)
+    """Not empty once `warm_up` has run."""
 
     @property
     def size(self) -> int:
@@ -97,6 +99,19 @@ def lost(group: Group, kind: str, *, peer: int | None, step: int | None, cause: 
     words = str(cause).strip().splitlines()[:1]
     detail = f"{kind} among ranks {list(group.ranks)} failed ({words[0] if words else type(cause).__name__})"
     return PeerLost(axis=group.axis, rank=rank, step=step, detail=detail)
+
+
+def warm_up(group: Group) -> None:
+    """Connect a group before its first point-to-point messages; every rank of it calls, once.
+
+    NCCL leaves it undefined what happens if only some ranks of a group take part in its first
+    communication, and in a ring some ranks may have nothing to send.
+    """
+    if group.warmed:
+        return
+    group.warmed.append(True)
+    if group.size > 1 and _device(group).type == "cuda":
+        dist.all_reduce(torch.zeros(1, device=_device(group)), group=group.handle)
 
 
 def exchange(

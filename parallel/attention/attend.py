@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..comm import all_reduce, gather_rows
+from ..comm import all_reduce, gather_rows, warm_up
 from ..errors import ConfigError
 from ..layout import SequenceLayout
 from ..mesh import Mesh, SequenceGroups
@@ -207,6 +207,7 @@ class Attention:
     def _route(self, shares: Shares, layout: SequenceLayout, groups: SequenceGroups) -> Route:
         if layout.ring == 1:
             return local_route(shares)
+        warm_up(groups.ring_group)
         own = strategy(self.name)
         return own.route(own.plan(shares, layout, self.options), groups.ring_group, self.options)
 

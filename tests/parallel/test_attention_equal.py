@@ -34,7 +34,7 @@ def equal(size, drawn, dtype=torch.float64, tolerance=1e-10, **options):
 @pytest.mark.parametrize("size", range(1, 9))
 def test_any_case_in_float64(size):
     @ONCE
-    @given(st.lists(cases(size), min_size=16, max_size=16))
+    @given(st.lists(cases(size), min_size=64 // (size + 2), max_size=64 // (size + 2)))
     def run(drawn):
         equal(size, drawn)
 
