@@ -6,6 +6,7 @@ the membership epoch, and `Run.close` drops the groups. Nothing below this file 
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,13 @@ from torch.distributed import PrefixStore
 from torch.distributed import Store as RendezvousStore
 from torch.distributed.tensor import DTensor
 
+from parallel import comm
 from parallel.apply import BlockPolicy, parallelize
 from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
+from parallel.planner.sequence import plan_step, split_degree, validate_plan
 from parallel.tensor.vocabulary import VocabShard
 
 from .config.check import microbatch_tokens, parallel_config
@@ -25,12 +28,14 @@ from .config.schema import Config, ModelConfig, TrainConfig
 from .data.held_out import HeldOutBatch, held_out_batches, held_out_packs
 from .data.loader import Packs, StepLoader, step_packs
 from .data.mixture import make_mixture
+from .data.planned import PlannedLoader, Planning
 from .data.sources import Opened, open_data
 from .data.tokenizers import load_tokenizer
 from .data.tokens import Tokens
 from .errors import ConfigError
 from .model.decoder import Decoder
 from .model.init import init_parameters_
+from .model.step_cost import sequence_cost
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -90,16 +95,34 @@ class Run:
     vocab_shard: VocabShard | None
     """Columns of the logits that this rank computes; None: all."""
 
-    def layout(self, cu_seqlens: torch.Tensor) -> SequenceLayout:
-        """Which tokens of a packed batch this rank holds."""
-        mesh = self.mesh
+    def layout(self, cu_seqlens: torch.Tensor, degree: int | None = None) -> SequenceLayout:
+        """Which tokens of a packed batch this rank holds.
+
+        Args:
+            cu_seqlens: [N+1] document offsets.
+            degree: ranks of the group that shares the batch; None: the configured ring x ulysses.
+        """
+        ring, ulysses = self.mesh.size("ring"), self.mesh.size("ulysses")
+        if degree is not None:
+            ring, ulysses = self._split(degree)
+        groups = self.mesh.sequence(ring, ulysses)
         return SequenceLayout.build(
             cu_seqlens,
-            ring=mesh.size("ring"),
-            ulysses=mesh.size("ulysses"),
-            ring_rank=mesh.coordinate("ring"),
-            ulysses_rank=mesh.coordinate("ulysses"),
+            ring=ring,
+            ulysses=ulysses,
+            ring_rank=groups.ring_rank,
+            ulysses_rank=groups.ulysses_rank,
             kind=self.config.attention.layout,
+        )
+
+    def _split(self, degree: int) -> tuple[int, int]:
+        model = self.config.model
+        tp = self.mesh.size("tp")
+        return split_degree(
+            degree,
+            num_heads=model.num_heads // tp,
+            num_kv_heads=max(1, model.num_kv_heads // tp),
+            node_ranks=max(1, self.config.step_plan.node_ranks // tp),
         )
 
     def close(self) -> None:
@@ -215,6 +238,10 @@ def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
 
 
 def _loader(config: Config, mesh: Mesh, opened: Opened) -> StepLoader:
+    if config.step_plan.groups == "adaptive":
+        planning = _planning(config, mesh)
+        rows = int(config.model.vocab_size)
+        return PlannedLoader(opened.tokens, _packs(config, opened), planning, vocab_size=rows)
     return StepLoader(
         opened.tokens,
         _packs(config, opened),
@@ -224,10 +251,30 @@ def _loader(config: Config, mesh: Mesh, opened: Opened) -> StepLoader:
     )
 
 
+def _planning(config: Config, mesh: Mesh) -> Planning:
+    """Plans are made on rank 0 and serve every stage and every tp peer alike."""
+    world, num_ranks = mesh.group("world"), mesh.size("data")
+    cost = sequence_cost(
+        config.model,
+        config.step_plan,
+        device=mesh.device_type,
+        itemsize=compute_dtype(config.train).itemsize,
+        num_ranks=num_ranks,
+    )
+    pp = mesh.size("pp")
+    return Planning(
+        data_rank=mesh.coordinate("data"),
+        plan=partial(plan_step, num_ranks=num_ranks, cost=cost, pp=pp, effort=config.step_plan.effort),
+        check=partial(validate_plan, cost=cost, pp=pp),
+        share=partial(comm.broadcast_json, src=0, group=world),
+        leader=world.rank == 0,
+    )
+
+
 def _packs(config: Config, opened: Opened) -> Packs:
     """Which pieces form each step: whole documents, or what the curriculum draws."""
     tokens = (microbatch_tokens(config), config.train.global_batch_tokens)
-    if config.curriculum.kind == "off":
+    if config.curriculum.kind == "none":
         return step_packs(
             opened.tokens,
             opened.train_docs,

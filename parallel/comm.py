@@ -265,6 +265,24 @@ def gather_json(value: Any, *, group: Group) -> list[Any]:
     return [json.loads(data[end - size : end]) for size, end in zip(lengths, ends, strict=True)]
 
 
+def broadcast_json(value: Any, *, src: int, group: Group) -> Any:
+    """The value of the group's rank `src` on every rank, as JSON reads it back.
+
+    Args:
+        value: on `src` what JSON can write; ignored elsewhere.
+        src: index in the group.
+        group: the ranks.
+
+    Cost: two broadcasts, of 8 bytes and of the text.
+    """
+    text = json.dumps(value).encode() if group.rank == src else b""
+    size = broadcast(torch.tensor([len(text)], device=_device(group)), src=src, group=group)
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if group.rank == src:
+        buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return json.loads(bytes(broadcast(buffer.to(_device(group)), src=src, group=group).cpu().numpy()))
+
+
 def barrier(group: Group) -> None:
     """Wait until every rank of the group is here."""
     all_reduce(torch.zeros(1, device=_device(group)), group)

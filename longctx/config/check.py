@@ -7,7 +7,7 @@ from typing import Literal, cast
 from parallel.config import ParallelConfig
 
 from ..errors import ConfigError
-from .curriculum import check_curriculum
+from .curriculum import check_curriculum, resolve_step_plan
 from .degrees import Machine, choose, fits, memory, memory_limit
 from .keys import value_of
 from .memory import FILL
@@ -41,6 +41,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_model(config.model)
     check_degrees(config.parallel)
     config = _fill(config, cast(Literal["cpu", "cuda"], device_type))
+    config = resolve_step_plan(config, node_ranks=min(node_ranks, world_size))
     check_tokens(config)
     check_curriculum(config)
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))

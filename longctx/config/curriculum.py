@@ -1,5 +1,9 @@
 """Cross-field checks of curricula, sources and step plans. Pure."""
 
+from dataclasses import replace
+
+from parallel.config import ParallelConfig
+
 from ..errors import ConfigError
 from .schema import Config
 from .units import format_tokens
@@ -14,10 +18,10 @@ def check_curriculum(config: Config) -> None:
     Raises:
         ConfigError: naming the keys and what to change.
     """
-    if config.curriculum.kind == "off":
+    if config.curriculum.kind == "none":
         if config.data.sources:
             raise ConfigError(
-                "data.sources are mixed by a curriculum, and curriculum.kind=off; set curriculum.kind="
+                "data.sources are mixed by a curriculum, and curriculum.kind=none; set curriculum.kind="
                 "natural (lengths as the sources have them), or name one data.path instead"
             )
         return
@@ -27,7 +31,7 @@ def check_curriculum(config: Config) -> None:
         raise ConfigError(
             f"data.seq_len={seq_len} is no power of two, and a curriculum draws pieces of power-of-two "
             f"lengths; set data.seq_len={format_tokens(below)} or {format_tokens(2 * below)}, or "
-            "curriculum.kind=off"
+            "curriculum.kind=none"
         )
     low = 1 << max(0, config.data.min_len - 1).bit_length()
     if low > seq_len:
@@ -71,3 +75,54 @@ def _check_sources(config: Config) -> None:
                 f"{where} ({source.name}): weight={source.weight}, max_epochs={source.max_epochs}; choose 0 "
                 "or more"
             )
+
+
+def resolve_step_plan(config: Config, *, node_ranks: int) -> Config:
+    """Replace what `step_plan` leaves open, and free the data ranks for adaptive groups.
+
+    Args:
+        config: `train.microbatch_tokens` already a number.
+        node_ranks: processes of one node.
+
+    Raises:
+        ConfigError: adaptive groups beside a fixed ring or ulysses.
+    """
+    plan, degrees = config.step_plan, config.parallel
+    micro = config.train.microbatch_tokens
+    assert isinstance(micro, int), "resolve microbatch_tokens first"
+    capacity = micro if plan.capacity_tokens == "auto" else plan.capacity_tokens
+    plan = replace(plan, capacity_tokens=capacity, node_ranks=plan.node_ranks or node_ranks)
+    if plan.groups == "static":
+        return replace(config, step_plan=plan)
+    if degrees.ring not in ("auto", 1) or degrees.ulysses not in ("auto", 1):
+        raise ConfigError(
+            f"step_plan.groups=adaptive chooses the split of every sequence itself, and parallel.ring="
+            f"{degrees.ring}, parallel.ulysses={degrees.ulysses} fix it; set both to 1 (dp_shard takes their "
+            "ranks), or step_plan.groups=static"
+        )
+    if config.attention.strategy != "usp":
+        raise ConfigError(
+            f"step_plan.groups=adaptive needs attention.strategy=usp, which serves every split, not "
+            f"{config.attention.strategy}"
+        )
+    return replace(config, step_plan=plan, parallel=replace(degrees, ring=1, ulysses=1))
+
+
+def check_step_plan(config: Config, degrees: ParallelConfig) -> None:
+    """The longest sequence fits all ranks together.
+
+    Raises:
+        ConfigError: it does not, naming the longest that fits.
+    """
+    plan, capacity = config.step_plan, config.step_plan.capacity_tokens
+    if plan.groups == "static" or not isinstance(capacity, int):
+        return
+    largest = 1 << (degrees.data_ranks.bit_length() - 1)
+    allowed = [int(d) for d in plan.comm_ms_per_token if int(d) <= largest] or [largest]
+    if config.data.seq_len > capacity * max(allowed):
+        raise ConfigError(
+            f"data.seq_len={format_tokens(config.data.seq_len)} exceeds what {max(allowed)} data ranks hold "
+            f"at step_plan.capacity_tokens={format_tokens(capacity)} each: the longest that fits is "
+            f"{format_tokens(capacity * max(allowed))}; shorten data.seq_len, raise "
+            "step_plan.capacity_tokens, or use more processes"
+        )

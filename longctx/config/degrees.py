@@ -76,10 +76,18 @@ def memory(config: Config, degrees: ParallelConfig) -> MemoryEstimate:
     return estimate(
         config.model,
         vocab_size=vocab_estimate(config.model, config.data.tokenizer),
-        rank_tokens=config.train.microbatch_tokens / degrees.cp,
+        rank_tokens=rank_tokens(config, degrees),
         shards=degrees.fsdp,
         dtype=config.train.dtype,
     )
+
+
+def rank_tokens(config: Config, degrees: ParallelConfig) -> float:
+    """Most tokens of a microbatch that one rank holds."""
+    if config.step_plan.groups == "adaptive" and isinstance(config.step_plan.capacity_tokens, int):
+        return config.step_plan.capacity_tokens
+    assert isinstance(config.train.microbatch_tokens, int), "resolve microbatch_tokens first"
+    return config.train.microbatch_tokens / degrees.cp
 
 
 def memory_limit(config: Config, machine: Machine) -> int:

@@ -14,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["local", "ulysses", "ring", "usp", "allgather"]
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Curriculum = Literal[
-    "off",
+    "none",
     "natural",
     "uniform",
     "weights",
@@ -157,8 +157,8 @@ class DataConfig:
 class CurriculumConfig:
     """Documents in pieces of power-of-two lengths, drawn by length: `data.min_len` to `data.seq_len`."""
 
-    kind: Curriculum = "off"
-    """Tokens per length class. off: whole documents, packed. natural: as the corpus has them. uniform:
+    kind: Curriculum = "none"
+    """Tokens per length class. none: whole documents, packed. natural: as the corpus has them. uniform:
     alike. weights: `weights`. grow-*: each cycle goes from short to long, shrink-*: from long to short,
     with odds between neighbouring classes that rise by one (linear), double (p2) or grow 100 times."""
     mode: Literal["mixed", "one_bucket"] = "mixed"
@@ -192,6 +192,29 @@ class DegreesConfig:
     reshard_after_forward: bool | int = True
     """FSDP after a block's forward: `true` frees its parameters, `false` keeps them until backward; a
     number n keeps them sharded over n consecutive ranks (inside a node)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlanConfig:
+    """Sequence groups of different degrees in one step, planned anew for every step's lengths."""
+
+    groups: Literal["static", "adaptive"] = "static"
+    """static: `parallel.ring` x `parallel.ulysses` for all; adaptive: planned, with both of them 1."""
+    capacity_tokens: int | Auto = field(default="auto", metadata=TOKENS)
+    """Tokens that one rank holds of a microbatch; `auto`: `train.microbatch_tokens`."""
+    alpha1_ms: float | None = None
+    """Milliseconds per squared token of a piece on one rank; none: from the model's FLOPs."""
+    alpha2_ms: float | None = None
+    """Milliseconds per token on one rank; none: from the model's FLOPs."""
+    beta_ms: float = 0.0
+    """Milliseconds of a microbatch whatever it holds (FSDP's gathers)."""
+    comm_ms_per_token: dict[str, float] = field(default_factory=dict)
+    """Degree -> milliseconds per token of a piece for its exchanges, and the degrees that may be used;
+    empty: all powers of two, at nominal bandwidths."""
+    node_ranks: int = 0
+    """Processes of one node, inside which heads are exchanged; 0: as they were started."""
+    effort: float = 1.0
+    """Scales the number of candidates that the planner tries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,6 +307,8 @@ class Config:
     """Lengths of the sequences of each step."""
     parallel: DegreesConfig = DegreesConfig()
     """How the work is split."""
+    step_plan: StepPlanConfig = StepPlanConfig()
+    """Sequence groups of each step."""
     attention: AttentionConfig = AttentionConfig()
     """Attention over a split sequence."""
     train: TrainConfig = TrainConfig()

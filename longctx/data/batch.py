@@ -62,6 +62,8 @@ class PackedBatch:
     """int32 [N+1]: first token of each piece, then T."""
     doc_ids: tuple[int, ...]
     """N: store document of each piece."""
+    degree: int | None = None
+    """Ranks of the sequence group that shares it, where a step plan says; None: the configured layout's."""
 
     @property
     def num_tokens(self) -> int:

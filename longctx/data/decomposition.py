@@ -125,7 +125,7 @@ def length_classes(min_len: int, max_len: int) -> list[int]:
         below = 1 << max(0, max_len.bit_length() - 1)
         raise ConfigError(
             f"data.seq_len={max_len} is no power of two, and a curriculum draws pieces of power-of-two "
-            f"lengths; set data.seq_len={below} or {2 * below}, or curriculum.kind=off"
+            f"lengths; set data.seq_len={below} or {2 * below}, or curriculum.kind=none"
         )
     if low > max_len:
         raise ConfigError(

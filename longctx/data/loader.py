@@ -99,6 +99,10 @@ class StepLoader:
             for piece in pack
         ]
 
+    def figures(self) -> dict[str, float]:
+        """Metrics about how the last `step` was planned."""
+        return {}
+
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .sources import Opened
 
 _NO_LIMIT = 1 << 40
+_KEPT = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,8 @@ class MixturePacks:
         self._seed = seed
         full, rest = divmod(step_tokens, microbatch_tokens)
         self._room = [microbatch_tokens] * full + [rest] * (rest > 0)
-        self._orders: dict[int, tuple[int, Int64s]] = {}
+        self._orders: dict[tuple[int, int], Int64s] = {}
+        self._recent: dict[int, Int64s] = {}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -115,6 +117,13 @@ class MixturePacks:
 
     def numbers(self, step: int) -> Int64s:
         """int64: numbers of the step's pieces in `bucketed.pieces`, longest first."""
+        if step not in self._recent:  # a step is read ahead, then counted: keep the last few
+            if len(self._recent) >= _KEPT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[step] = self._numbers(step)
+        return self._recent[step]
+
+    def _numbers(self, step: int) -> Int64s:
         before, drawn = self.curriculum.draw(step)
         found = [
             self._take(bucket, int(before[bucket]), int(count)) for bucket, count in enumerate(drawn) if count
@@ -144,13 +153,14 @@ class MixturePacks:
         return np.concatenate(parts)
 
     def _order(self, bucket: int, epoch: int) -> Int64s:
-        kept = self._orders.get(bucket)
-        if kept is not None and kept[0] == epoch:
-            return kept[1]
+        if (bucket, epoch) in self._orders:
+            return self._orders[bucket, epoch]
+        for old in sorted(e for b, e in self._orders if b == bucket)[:-1]:  # a step may straddle two epochs
+            del self._orders[bucket, old]
         first, stop = int(self.bucketed.first[bucket]), int(self.bucketed.first[bucket + 1])
         numbers = np.arange(first, stop, dtype=np.int64)
         order = numbers[np.argsort(hash_numbers(numbers, hash_key(self._seed, epoch)), kind="stable")]
-        self._orders[bucket] = (epoch, order)
+        self._orders[bucket, epoch] = order
         return order
 
 
@@ -191,7 +201,7 @@ def make_mixture(
     Args:
         opened: the documents.
         data: section `data`.
-        config: section `curriculum`, `kind` not off.
+        config: section `curriculum`, `kind` not none.
         seed: of every draw.
         tokens: `train.microbatch_tokens`, `train.global_batch_tokens`.
         steps: of the run.
@@ -209,7 +219,7 @@ def make_mixture(
 
 def wanted(data: "DataConfig", config: "CurriculumConfig", bucketed: Bucketed, *, steps: int) -> Wanted:
     """What the configuration asks of the curriculum."""
-    assert config.kind != "off", "a curriculum is built only where curriculum.kind is not off"
+    assert config.kind != "none", "a curriculum is built only where curriculum.kind is not none"
     classes = length_classes(data.min_len, data.seq_len)
     buckets = bucketed.buckets
     factors = np.ones(len(buckets.length))

@@ -40,6 +40,13 @@ class Piece(NamedTuple):
     """First token, counted in the document."""
     length: int
     """Tokens."""
+    cost: int | None = None
+    """Tokens of text that it costs as much as; None: `length`. For pieces with more than text."""
+
+    @property
+    def weight(self) -> int:
+        """Tokens that planning and balancing count."""
+        return self.length if self.cost is None else self.cost
 
 
 Pack = tuple[Piece, ...]
@@ -56,6 +63,8 @@ class Pieces:
     """int64 [P]: first token in the document."""
     length: Int64s
     """int64 [P]: tokens."""
+    cost: Int64s | None = None
+    """int64 [P]: see `Piece.cost`; None: every piece costs its length."""
 
     def __len__(self) -> int:
         """Number of pieces."""
@@ -63,7 +72,9 @@ class Pieces:
 
     def pack(self, members: Int64s) -> Pack:
         """The pieces with these numbers."""
-        columns = (self.doc[members], self.start[members], self.length[members])
+        columns = [self.doc[members], self.start[members], self.length[members]]
+        if self.cost is not None:
+            columns.append(self.cost[members])
         return tuple(Piece(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -263,7 +274,7 @@ class StepPacks:
 
 def work(pack: Pack) -> int:
     """Causal attention work of a pack, up to a constant: sum of squared lengths."""
-    return sum(piece.length**2 for piece in pack)
+    return sum(piece.weight**2 for piece in pack)
 
 
 def assign(packs: Sequence[Pack], *, group: int, num_groups: int) -> list[Pack]:

@@ -15,7 +15,12 @@ CHUNK_ELEMENTS = 1 << 26
 
 
 def token_loss(
-    logits: Tensor, targets: Tensor, loss_mask: Tensor, shard: VocabShard | None = None
+    logits: Tensor,
+    targets: Tensor,
+    loss_mask: Tensor,
+    shard: VocabShard | None = None,
+    *,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the next-token losses of the trained tokens, and how many there are.
 
@@ -24,6 +29,7 @@ def token_loss(
         targets: [t] int64; any value where `loss_mask` is False.
         loss_mask: [t] bool, True where the token is trained.
         shard: the columns that `logits` are, where the vocabulary is split; None: all V.
+        losses: [t] at least float32, overwritten with each token's loss, 0 where it is not trained.
 
     Returns:
         loss_sum: scalar in nats, at least float32; zero, with zero gradients, without trained tokens.
@@ -33,8 +39,8 @@ def token_loss(
     """
     targets = torch.where(loss_mask, targets, 0)
     if shard is not None:
-        return split_cross_entropy(logits, targets, loss_mask, shard), loss_mask.sum()
-    loss_sum: Tensor = _TokenLoss.apply(logits, targets, loss_mask)  # type: ignore[no-untyped-call]
+        return split_cross_entropy(logits, targets, loss_mask, shard, losses=losses), loss_mask.sum()
+    loss_sum: Tensor = _TokenLoss.apply(logits, targets, loss_mask, losses)  # type: ignore[no-untyped-call]
     return loss_sum, loss_mask.sum()
 
 
@@ -42,17 +48,20 @@ class _TokenLoss(torch.autograd.Function):
     """Cross entropy that keeps no [t, V] tensor beside the logits it was given."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, loss_mask: Tensor, kept: Tensor | None) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         losses = logits.new_zeros(len(targets), dtype=wide)
         for rows in _chunks(logits):
             log_probs = torch.log_softmax(logits[rows], dim=-1, dtype=wide)
             losses[rows] = log_probs.gather(-1, targets[rows, None])[:, 0].neg_()
         ctx.save_for_backward(logits, targets, loss_mask)
-        return torch.where(loss_mask, losses, 0.0).sum()
+        losses = torch.where(loss_mask, losses, 0.0)
+        if kept is not None:
+            kept.copy_(losses)
+        return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, loss_mask = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         weights = (loss_mask * grad)[:, None]  # [t, 1]
@@ -60,7 +69,7 @@ class _TokenLoss(torch.autograd.Function):
             probs = torch.softmax(logits[rows], dim=-1, dtype=grad.dtype)
             probs.scatter_add_(-1, targets[rows, None], probs.new_full((1, 1), -1.0).expand(len(probs), 1))
             torch.mul(probs, weights[rows], out=grad_logits[rows])
-        return grad_logits, None, None
+        return grad_logits, None, None, None
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -152,6 +152,8 @@ def _row(session: Session, result: StepResult, seconds: float) -> Row:
         "data_wait_s": wait,
         "documents": len(lengths),
         "max_document_tokens": max(lengths, default=0),
+        **run.loader.figures(),
+        **result.groups,
     }
 
 

@@ -54,12 +54,34 @@ METRICS: dict[str, Metric] = {
 }
 
 
+FAMILIES: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _metric("mix", "loss_source", "nats", "mean loss of the step's tokens of one source"),
+        _metric("mix", "tokens_source", "", "trained tokens of the step of one source"),
+        _metric("mix", "loss_length", "nats", "mean loss of the step's tokens in pieces of one length"),
+        _metric("mix", "tokens_length", "", "trained tokens of the step in pieces of one length"),
+    )
+}
+"""Metrics that come once per source or length: `loss_source/NAME`, `loss_length/TOKENS`."""
+
+
+def metric_of(name: str) -> Metric:
+    """The row that describes a name: its own, or that of its family.
+
+    Raises:
+        KeyError: there is none.
+    """
+    family, slash, _ = name.partition("/")
+    return FAMILIES[family] if slash else METRICS[name]
+
+
 def check_names(names: Iterable[str]) -> None:
     """Refuse names that the table lacks.
 
     Raises:
         KeyError: names the unknown metrics.
     """
-    unknown = sorted(set(names) - METRICS.keys())
+    unknown = sorted(n for n in names if n not in METRICS and not ("/" in n and n.split("/")[0] in FAMILIES))
     if unknown:
         raise KeyError(f"metrics {unknown} are not in longctx.train.metrics.METRICS; add a row there first")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..build import Run
+from ..config.schema import Config
 from ..model.params import num_parameters
 
 
@@ -17,7 +18,7 @@ def opening(run: Run, resumed_from: Path | None, estimate_s: float | None) -> st
     steps = config.train.steps - run.progress.step
     lines = [
         f"model    {total / 1e6:,.2f}M parameters, {config.train.dtype}, context {config.data.seq_len:,}",
-        f"data     {config.data.path}: {len(run.store):,} documents, {run.store.num_tokens:,} tokens",
+        f"data     {_sources(config)}: {len(run.store):,} documents, {run.store.num_tokens:,} tokens",
         f"layout   {run.world.size} x {run.world.device.type}: {split or 'one process'}",
         f"steps    {steps} of up to {config.train.global_batch_tokens:,} tokens",
     ]
@@ -26,6 +27,10 @@ def opening(run: Run, resumed_from: Path | None, estimate_s: float | None) -> st
     if estimate_s is not None:
         lines.append(f"estimate about {_words(estimate_s)}")
     return "\n".join(lines)
+
+
+def _sources(config: Config) -> str:
+    return ", ".join(source.name for source in config.data.sources) or config.data.path
 
 
 def _words(seconds: float) -> str:

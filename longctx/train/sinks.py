@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..config.schema import MetricsConfig
-from .metrics import METRICS, check_names
+from .metrics import METRICS, check_names, metric_of
 
 Row = dict[str, Any]
 
@@ -133,7 +133,7 @@ class WandbSink:
     def write(self, row: Row) -> None:
         """Log the row under `panel/name`, against `tokens`."""
         check_names(row)
-        named = {f"{METRICS[name].panel}/{name}": value for name, value in row.items()}
+        named = {f"{metric_of(name).panel}/{name}": value for name, value in row.items()}
         self._run.log(named | {"tokens": row["tokens"]})
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from ..build import Run
 from ..data.batch import LocalBatch, PackedBatch
 from ..errors import TrainingDiverged
 from ..model.loss import token_loss
+from .tally import Tally, tally_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,8 @@ class StepResult:
     """Global 2-norm of the gradient before clipping."""
     stops: int
     """Number of ranks that were asked to stop."""
+    groups: dict[str, float]
+    """Loss and tokens by source and by length class, where a curriculum draws."""
 
 
 def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepResult:
@@ -34,9 +37,10 @@ def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepRes
     Raises:
         TrainingDiverged: loss or gradient norm is not finite; parameters are not updated.
     """
-    total = backward(run, run.loader.step(run.progress.step), extra=(float(stop),))
+    tally = tally_of(run)
+    total = backward(run, run.loader.step(run.progress.step), extra=(float(stop),), tally=tally)
     norm = grads.clip_(run.model.parameters(), run.config.train.max_grad_norm, mesh=run.mesh)
-    loss, tokens, stops = total.tolist()
+    loss, tokens, stops, *sums = total.tolist()
     tokens = int(tokens)
     mean = loss / max(1, tokens)
     if not (math.isfinite(mean) and math.isfinite(norm.item())):
@@ -47,10 +51,22 @@ def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepRes
     run.optimizer.zero_grad()
     run.progress.step += 1
     run.progress.tokens += tokens
-    return StepResult(loss=mean, tokens=tokens, grad_norm=norm.item(), stops=int(stops))
+    return StepResult(
+        loss=mean,
+        tokens=tokens,
+        grad_norm=norm.item(),
+        stops=int(stops),
+        groups=tally.figures(sums) if tally else {},
+    )
 
 
-def backward(run: Run, microbatches: list[PackedBatch], *, extra: tuple[float, ...] = ()) -> torch.Tensor:
+def backward(
+    run: Run,
+    microbatches: list[PackedBatch],
+    *,
+    extra: tuple[float, ...] = (),
+    tally: Tally | None = None,
+) -> torch.Tensor:
     """Gradients of the step's mean loss in `.grad`, on every rank's shards.
 
     Every rank runs every microbatch, also one in which it holds no token, so that collectives match.
@@ -59,18 +75,29 @@ def backward(run: Run, microbatches: list[PackedBatch], *, extra: tuple[float, .
         run: the run.
         microbatches: this sequence group's, whole; equally many on every rank.
         extra: numbers that are summed over the data ranks along with the losses.
+        tally: labels by which losses and tokens are summed too.
 
     Returns:
-        [2 + len(extra)] float64: loss sum, trained tokens and the extras, over all data ranks.
+        [2 + len(extra) + 2 * labels] float64: loss sum, trained tokens, the extras and the tally's
+        sums, over all data ranks.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
+    parts = torch.zeros(2 * tally.size if tally else 0, dtype=torch.float64, device=run.world.device)
     for index, batch in enumerate(microbatches):
         fsdp.set_gradient_sync(run.model, index == len(microbatches) - 1)
-        loss_sum, tokens = batch_loss(run, batch)
+        logits, local, layout = forward(run, batch)
+        losses = torch.empty(local.num_tokens, dtype=_wide(logits), device=logits.device) if tally else None
+        loss_sum, tokens = token_loss(logits, local.targets, local.loss_mask, run.vocab_shard, losses=losses)
         loss_sum.backward()
+        if tally is not None and losses is not None:
+            parts += tally.sums(batch, layout, losses, local.loss_mask)
         sums += torch.stack((loss_sum.detach().double(), tokens.double()))
-    sums = torch.cat((sums, torch.tensor(extra, dtype=torch.float64, device=sums.device)))
+    sums = torch.cat((sums, torch.tensor(extra, dtype=torch.float64, device=sums.device), parts))
     return grads.normalize_(run.model.parameters(), mesh=run.mesh, sums=sums)
+
+
+def _wide(logits: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def batch_loss(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +113,7 @@ def forward(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, Seq
         logits [t, V] (with tp this rank's columns of V), the share [t], and the layout that says
         which tokens it holds.
     """
-    layout = run.layout(batch.cu_seqlens)
+    layout = run.layout(batch.cu_seqlens, batch.degree)
     local = batch.take(layout.token_index).to(run.world.device)
     logits = run.model(local.input_ids, local.position_ids, local.rope_id, layout=layout)
     return logits, local, layout

@@ -18,7 +18,7 @@ from parallel import comm, fsdp
 from ..build import Run, World, build
 from ..config.check import microbatch_tokens
 from ..config.memory import FILL, estimate, vocab_estimate
-from ..config.schema import Config, DegreesConfig
+from ..config.schema import Config, DegreesConfig, StepPlanConfig
 from ..data.batch import PackedBatch, build_batch
 from .step import backward, forward
 
@@ -132,8 +132,8 @@ def _fitting_layers(config: Config, limit_bytes: float) -> int:
 def _reference(config: Config, world: World) -> Reference:
     alone = World(rank=0, size=1, device=world.device, store=HashStore(), timeout_s=world.timeout_s)
     plain = replace(config.train, recompute="none", compile=False)
-    degrees = DegreesConfig(dp_shard=1, ring=1, ulysses=1)
-    run = build(replace(config, parallel=degrees, train=plain), alone)
+    degrees, groups = DegreesConfig(dp_shard=1, ring=1, ulysses=1), StepPlanConfig(groups="static")
+    run = build(replace(config, parallel=degrees, step_plan=groups, train=plain), alone)
     try:
         with fsdp.forward_only(run.model):
             logits = forward(run, _first_batch(run))[0][: _logit_rows(run)].clone()

@@ -86,7 +86,14 @@ class VocabHead(nn.Module):
         return F.linear(gather_tokens(x, self.group), local(self.weight), bias)
 
 
-def split_cross_entropy(logits: Tensor, targets: Tensor, loss_mask: Tensor, shard: VocabShard) -> Tensor:
+def split_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    loss_mask: Tensor,
+    shard: VocabShard,
+    *,
+    losses: Tensor | None = None,
+) -> Tensor:
     """Sum of the next-token losses of the trained tokens, from logits split along the vocabulary.
 
     Args:
@@ -94,6 +101,7 @@ def split_cross_entropy(logits: Tensor, targets: Tensor, loss_mask: Tensor, shar
         targets: [t] int64 in the whole vocabulary.
         loss_mask: [t] bool, True where the token is trained.
         shard: which columns these are.
+        losses: [t] at least float32, overwritten with each token's loss, 0 where it is not trained.
 
     Returns:
         Scalar in nats, at least float32, equal on all tp ranks.
@@ -103,13 +111,22 @@ def split_cross_entropy(logits: Tensor, targets: Tensor, loss_mask: Tensor, shar
 
     Source: Megatron-LM (Shoeybi et al. 2019), sec. 3.
     """
-    loss: Tensor = _SplitCrossEntropy.apply(logits, targets, loss_mask, shard)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, targets, loss_mask, shard, losses
+    )
     return loss
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, loss_mask: Tensor, shard: VocabShard) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        loss_mask: Tensor,
+        shard: VocabShard,
+        kept: Tensor | None,
+    ) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         row = targets - shard.first
         held = (row >= 0) & (row < shard.size) & loss_mask
@@ -123,10 +140,13 @@ class _SplitCrossEntropy(torch.autograd.Function):
         every = comm.all_gather(mine[None], shard.group)  # [R, 2, t]
         lse = every[:, 0].logsumexp(0)  # in rank order on every rank: the same bits
         ctx.save_for_backward(logits, row, held, loss_mask, lse)
-        return torch.where(loss_mask, lse - every[:, 1].sum(0), 0.0).sum()
+        losses = torch.where(loss_mask, lse - every[:, 1].sum(0), 0.0)
+        if kept is not None:
+            kept.copy_(losses)
+        return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, row, held, loss_mask, lse = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         weights = (loss_mask * grad)[:, None]  # [t, 1]
@@ -134,7 +154,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
             probs = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_()
             probs.scatter_add_(-1, row[rows, None], -held[rows, None].to(probs.dtype))
             torch.mul(probs, weights[rows], out=grad_logits[rows])
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longctx.config.schema import Config, RunConfig, TrainConfig
-from longctx.train.metrics import METRICS, check_names
+from longctx.train.metrics import FAMILIES, METRICS, check_names
 from longctx.train.run_folder import RunFolder
 from longctx.train.schedule import learning_rate
 from longctx.train.sinks import JsonlSink, TerminalSink
@@ -125,3 +125,5 @@ def test_the_page_lists_every_metric_with_its_unit():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for metric in METRICS.values():
         assert f"| `{metric.name}` | {metric.unit or 'count'} | {metric.reduction} |" in page
+    for name, metric in FAMILIES.items():
+        assert f"| `{name}/" in page and metric.meaning in page

@@ -1,0 +1,92 @@
+"""Adaptive sequence groups in the training step: the objective is the same under every plan."""
+
+import pytest
+from compose_ranks import assert_equal_to_one
+from ranks import run_ranks
+from tiny import make_config, make_world, write_corpus
+
+from parallel.planner.sequence import Group, StepPlan
+
+ADAPTIVE = ("step_plan.groups=adaptive", "step_plan.capacity_tokens=256")
+MIXED = (
+    "curriculum.kind=natural",
+    "data.min_len=16",
+    "data.seq_len=512",
+    "train.microbatch_tokens=1024",
+    "train.global_batch_tokens=2048",
+)
+PARTITIONS = {"4": (4,), "2-2": (2, 2), "2-1-1": (2, 1, 1), "1-1-1-1": (1, 1, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    write_corpus(folder / "docs", documents=60)
+    return folder
+
+
+def partition(lengths: list[int], degrees: tuple[int, ...], *, microbatches: int, empty: bool) -> StepPlan:
+    """Pieces dealt out to the same groups in every microbatch; with `empty` one group never has any."""
+    firsts = [sum(degrees[:i]) for i in range(len(degrees))]
+    slots = [(m, g) for m in range(microbatches) for g in range(len(degrees) - (empty and len(degrees) > 1))]
+    dealt = {slot: [i for i in range(len(lengths)) if slots[i % len(slots)] == slot] for slot in slots}
+    groups = tuple(
+        tuple(
+            Group(degree=degree, first_rank=first, pieces=tuple(dealt.get((m, g), ())))
+            for g, (degree, first) in enumerate(zip(degrees, firsts, strict=True))
+        )
+        for m in range(microbatches)
+    )
+    return StepPlan(microbatches=groups, time_ms=1.0, lower_bound_ms=1.0)
+
+
+def one_plan(rank: int, size: int, base, name: str, case: tuple):
+    """Sums, whole gradients, norm and calls of the first step, under a given partition if there is one."""
+    from longctx.build import build
+    from longctx.train.step import backward
+    from parallel import grads
+
+    layout, extra, degrees = case
+    config = make_config(base, name, size=size, layout=layout, extra=extra)
+    run = build(config, make_world(base / name, rank, size))
+    batches = run.loader.step(0)
+    if degrees is not None:
+        plan = partition(run.loader.lengths(0), degrees, microbatches=3, empty=True)
+        batches = run.loader.batches(0, plan)
+        assert len(batches) == 3
+    run.mesh.counter.reset()
+    sums = backward(run, batches).tolist()
+    calls = dict(run.mesh.counter.calls)
+    found = {key: p.grad.full_tensor() for key, p in run.model.named_parameters()}
+    norm = float(grads.clip_(run.model.parameters(), 0.0, mesh=run.mesh))
+    run.close()
+    return sums, found, norm, calls
+
+
+def run_plan(base, label: str, layout: dict, extra: tuple[str, ...], degrees=None) -> list:
+    size = layout.get("dp_shard", 1) * layout.get("tp", 1) * layout.get("dp_replicate", 1)
+    (base / label).mkdir()
+    return run_ranks(one_plan, size, base, label, (layout, extra, degrees), init=False)
+
+
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def reference(base, request):
+    extra = (*MIXED, f"train.dtype={request.param}")
+    return request.param, run_plan(base, f"one-{request.param}", {}, extra)[0][:3]
+
+
+@pytest.mark.parametrize("name", list(PARTITIONS))
+def test_gradients_of_any_two_plans_equal_one_process(base, reference, name):
+    dtype, expected = reference
+    extra = (*MIXED, *ADAPTIVE, f"train.dtype={dtype}")
+    results = run_plan(base, f"plan-{name}-{dtype}", {"dp_shard": 4}, extra, PARTITIONS[name])
+    assert_equal_to_one([result[:3] for result in results], expected, dtype)
+
+
+@pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2}])
+def test_gradients_under_the_planner_s_own_plan_with_tp_and_replicas(base, layout):
+    extra = (*MIXED, *ADAPTIVE, "train.dtype=float64")
+    label = "-".join(layout)
+    expected = run_plan(base, f"one-{label}", {}, (*MIXED, "train.dtype=float64"))[0][:3]
+    results = run_plan(base, f"own-{label}", layout, extra)
+    assert_equal_to_one([result[:3] for result in results], expected, "float64")
