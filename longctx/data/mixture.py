@@ -7,6 +7,7 @@ function of (seed, step), whatever the layout.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heapreplace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -177,13 +178,16 @@ def spread_evenly(lengths: list[int], room: Sequence[int]) -> list[list[int]]:
     Returns:
         For each pack the numbers of its pieces.
     """
-    left, work = list(room), [0] * len(room)
+    left = list(room)
     packs: list[list[int]] = [[] for _ in room]
+    order = [(0, pack) for pack in range(len(room))]  # a heap of (work, pack)
     for number, length in enumerate(lengths):
-        pack = min((p for p in range(len(left)) if left[p] >= length), key=lambda p: (work[p], p))
+        while left[order[0][1]] < length:  # room is a multiple of the length, so that pack is full
+            heappop(order)
+        work, pack = order[0]
         packs[pack].append(number)
         left[pack] -= length
-        work[pack] += length * length
+        heapreplace(order, (work + length * length, pack))
     return packs
 
 

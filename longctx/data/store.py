@@ -57,7 +57,8 @@ class Store:
             )
         if size == 0:
             raise DataError(f"{prefix}.bin holds no tokens; choose another data.path")
-        self._tokens = np.memmap(prefix + ".bin", dtype=self.index.dtype, mode="r")
+        # A plain view: slicing numpy's memmap class costs more than reading a short document.
+        self._tokens = np.asarray(np.memmap(prefix + ".bin", dtype=self.index.dtype, mode="r"))
 
     def __len__(self) -> int:
         """Number of documents."""
