@@ -20,18 +20,18 @@ from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
-from parallel.planner.sequence import plan_step, split_degree, validate_plan
 from parallel.tensor.vocabulary import VocabShard
 
 from .config.check import microbatch_tokens, parallel_config
 from .config.schema import Config, ModelConfig, TrainConfig
 from .data.held_out import HeldOutBatch, held_out_batches, held_out_packs
 from .data.loader import Packs, StepLoader, step_packs
-from .data.mixture import make_mixture
+from .data.mixture import MixturePacks, make_mixture
 from .data.planned import PlannedLoader, Planning
 from .data.sources import Opened, open_data
 from .data.tokenizers import load_tokenizer
 from .data.tokens import Tokens
+from .data.weights import LossWeights
 from .errors import ConfigError
 from .model.decoder import Decoder
 from .model.init import init_parameters_
@@ -92,6 +92,8 @@ class Run:
     """This sequence group's microbatches of an evaluation."""
     progress: Progress
     """How far the run is."""
+    reweighting: LossWeights | None
+    """The sources' weights where they follow losses; part of a checkpoint."""
     vocab_shard: VocabShard | None
     """Columns of the logits that this rank computes; None: all."""
 
@@ -116,6 +118,8 @@ class Run:
         )
 
     def _split(self, degree: int) -> tuple[int, int]:
+        from parallel.planner.sequence import split_degree
+
         model = self.config.model
         tp = self.mesh.size("tp")
         return split_degree(
@@ -154,6 +158,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         init_parameters_(model, config.run.seed, config.model)
     else:
         _adopt(model, shards)
+    packs = _packs(config, opened)
     return Run(
         config=config,
         world=world,
@@ -161,9 +166,10 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         model=model,
         optimizer=_optimizer(model, config.train),
         store=opened.tokens,
-        loader=_loader(config, mesh, opened),
+        loader=_loader(config, mesh, opened, packs),
         held_out=_held_out(config, mesh, opened),
         progress=Progress(),
+        reweighting=packs.reweighting if isinstance(packs, MixturePacks) else None,
         vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
     )
 
@@ -237,14 +243,14 @@ def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
         local.copy_(shards[name])
 
 
-def _loader(config: Config, mesh: Mesh, opened: Opened) -> StepLoader:
+def _loader(config: Config, mesh: Mesh, opened: Opened, packs: Packs) -> StepLoader:
     if config.step_plan.groups == "adaptive":
         planning = _planning(config, mesh)
         rows = int(config.model.vocab_size)
-        return PlannedLoader(opened.tokens, _packs(config, opened), planning, vocab_size=rows)
+        return PlannedLoader(opened.tokens, packs, planning, vocab_size=rows)
     return StepLoader(
         opened.tokens,
-        _packs(config, opened),
+        packs,
         data_group_index=mesh.data_group_index,
         num_data_groups=mesh.num_data_groups,
         vocab_size=int(config.model.vocab_size),
@@ -253,6 +259,8 @@ def _loader(config: Config, mesh: Mesh, opened: Opened) -> StepLoader:
 
 def _planning(config: Config, mesh: Mesh) -> Planning:
     """Plans are made on rank 0 and serve every stage and every tp peer alike."""
+    from parallel.planner.sequence import plan_step, validate_plan
+
     world, num_ranks = mesh.group("world"), mesh.size("data")
     cost = sequence_cost(
         config.model,

@@ -108,6 +108,7 @@ def _fill(config: Config, device_type: Literal["cpu", "cuda"]) -> Config:
 _LOWEST = {
     "train.steps": 1,
     "curriculum.cycles": 1,
+    "curriculum.reweight_every": 0,
     "train.global_batch_tokens": 1,
     "data.seq_len": 1,
     "data.min_len": 1,

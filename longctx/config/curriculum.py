@@ -62,6 +62,11 @@ def check_curriculum(config: Config) -> None:
 
 
 def _check_sources(config: Config) -> None:
+    if config.curriculum.reweight_every and len(config.data.sources) < 2:
+        raise ConfigError(
+            f"curriculum.reweight_every={config.curriculum.reweight_every} changes the weights of "
+            f"data.sources, and there are {len(config.data.sources)}; name two or more, or set it to 0"
+        )
     names = [source.name for source in config.data.sources]
     for number, source in enumerate(config.data.sources):
         where = f"data.sources[{number}]"

@@ -121,6 +121,8 @@ class SourceConfig:
     """Training progress (0 to 1) -> weight, linear between; set: replaces `weight`."""
     max_epochs: float = 0.0
     """Times that a piece may be drawn, on average; 0: any number. Then others take its share."""
+    reference_loss: float = 0.0
+    """Loss in nats per token above which `curriculum.reweight_every` gives it more weight."""
     lengths: dict[str, float] = field(default_factory=dict)
     """Length class in tokens -> factor on its share of this source; set: classes not named get none."""
 
@@ -167,6 +169,8 @@ class CurriculumConfig:
     """grow-*, shrink-*: times that lengths go through their range in the run."""
     weights: dict[str, float] = field(default_factory=dict)
     """weights: length class in tokens -> share of the tokens, up to a factor."""
+    reweight_every: int = 0
+    """Steps between changes of the sources' weights by their losses (`reference_loss`); 0: never."""
     too_long: Literal["longest", "spread"] = "longest"
     """Documents beyond `data.seq_len`: into pieces of that length, or of all lengths alike."""
 

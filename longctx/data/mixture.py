@@ -18,7 +18,7 @@ from .decomposition import decompose_documents, length_classes
 from .index import Int64s
 from .packing import Floats, Pack, Pieces
 from .split import hash_key, hash_numbers
-from .weights import class_weights, source_weights
+from .weights import LossWeights, class_weights, source_weights
 
 if TYPE_CHECKING:
     from ..config.schema import CurriculumConfig, DataConfig, SourceConfig
@@ -115,6 +115,12 @@ class MixturePacks:
     def sources(self) -> tuple[str, ...]:
         """Names of the sources."""
         return self.bucketed.sources
+
+    @property
+    def reweighting(self) -> LossWeights | None:
+        """The sources' weights where they follow losses."""
+        weights = self.curriculum.wanted.source_weights
+        return weights if isinstance(weights, LossWeights) else None
 
     def numbers(self, step: int) -> Int64s:
         """int64: numbers of the step's pieces in `bucketed.pieces`, longest first."""
@@ -221,6 +227,14 @@ def make_mixture(
     return MixturePacks(bucketed, curriculum, seed=seed, microbatch_tokens=tokens[0], step_tokens=tokens[1])
 
 
+def loss_weights(data: "DataConfig", config: "CurriculumConfig", *, steps: int) -> LossWeights | None:
+    """Weights that follow losses, where the configuration asks for them."""
+    if not config.reweight_every:
+        return None
+    references = [source.reference_loss for source in data.sources]
+    return LossWeights(source_weights(data.sources, steps), references, every=config.reweight_every)
+
+
 def wanted(data: "DataConfig", config: "CurriculumConfig", bucketed: Bucketed, *, steps: int) -> Wanted:
     """What the configuration asks of the curriculum."""
     assert config.kind != "none", "a curriculum is built only where curriculum.kind is not none"
@@ -237,7 +251,7 @@ def wanted(data: "DataConfig", config: "CurriculumConfig", bucketed: Bucketed, *
         mode=config.mode,
         cycles=config.cycles,
         bucket_weights=factors,
-        source_weights=source_weights(data.sources, steps),
+        source_weights=loss_weights(data, config, steps=steps) or source_weights(data.sources, steps),
         source_names=bucketed.sources,
     )
     if config.kind != "weights":

