@@ -122,12 +122,13 @@ class Run:
 
         model = self.config.model
         tp = self.mesh.size("tp")
-        return split_degree(
+        split: tuple[int, int] = split_degree(
             degree,
             num_heads=model.num_heads // tp,
             num_kv_heads=max(1, model.num_kv_heads // tp),
             node_ranks=max(1, self.config.step_plan.node_ranks // tp),
         )
+        return split
 
     def close(self) -> None:
         """Stop the loader and drop every process group; `build` may follow."""
