@@ -6,7 +6,6 @@ the membership epoch, and `Run.close` drops the groups. Nothing below this file 
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,6 @@ from torch.distributed import PrefixStore
 from torch.distributed import Store as RendezvousStore
 from torch.distributed.tensor import DTensor
 
-from parallel import comm
 from parallel.apply import BlockPolicy, parallelize
 from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
@@ -22,20 +20,18 @@ from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
 from parallel.tensor.vocabulary import VocabShard
 
-from .config.check import microbatch_tokens, parallel_config
+from .config.check import parallel_config
 from .config.schema import Config, ModelConfig, TrainConfig
-from .data.held_out import HeldOutBatch, held_out_batches, held_out_packs
-from .data.loader import Packs, StepLoader, step_packs
-from .data.mixture import MixturePacks, make_mixture
-from .data.planned import PlannedLoader, Planning
-from .data.sources import Opened, open_data
-from .data.tokenizers import load_tokenizer
+from .data.held_out import HeldOutBatch
+from .data.loader import StepLoader
+from .data.mixture import MixturePacks
+from .data.sources import open_data
 from .data.tokens import Tokens
 from .data.weights import LossWeights
 from .errors import ConfigError
+from .feed import held_out, make_packs, step_loader
 from .model.decoder import Decoder
 from .model.init import init_parameters_
-from .model.step_cost import sequence_cost
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -159,7 +155,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         init_parameters_(model, config.run.seed, config.model)
     else:
         _adopt(model, shards)
-    packs = _packs(config, opened)
+    packs = make_packs(config, opened)
     return Run(
         config=config,
         world=world,
@@ -167,8 +163,8 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         model=model,
         optimizer=_optimizer(model, config.train),
         store=opened.tokens,
-        loader=_loader(config, mesh, opened, packs),
-        held_out=_held_out(config, mesh, opened),
+        loader=step_loader(config, mesh, opened, packs),
+        held_out=held_out(config, mesh, opened),
         progress=Progress(),
         reweighting=packs.reweighting if isinstance(packs, MixturePacks) else None,
         vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
@@ -242,87 +238,6 @@ def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
                 f"shard {name} has shape {tuple(shards[name].shape)}, this layout wants {tuple(local.shape)}"
             )
         local.copy_(shards[name])
-
-
-def _loader(config: Config, mesh: Mesh, opened: Opened, packs: Packs) -> StepLoader:
-    if config.step_plan.groups == "adaptive":
-        planning = _planning(config, mesh)
-        rows = int(config.model.vocab_size)
-        return PlannedLoader(opened.tokens, packs, planning, vocab_size=rows)
-    return StepLoader(
-        opened.tokens,
-        packs,
-        data_group_index=mesh.data_group_index,
-        num_data_groups=mesh.num_data_groups,
-        vocab_size=int(config.model.vocab_size),
-    )
-
-
-def _planning(config: Config, mesh: Mesh) -> Planning:
-    """Plans are made on rank 0 and serve every stage and every tp peer alike."""
-    from parallel.planner.sequence import plan_step, validate_plan
-
-    world, num_ranks = mesh.group("world"), mesh.size("data")
-    cost = sequence_cost(
-        config.model,
-        config.step_plan,
-        device=mesh.device_type,
-        itemsize=compute_dtype(config.train).itemsize,
-        num_ranks=num_ranks,
-    )
-    pp = mesh.size("pp")
-    return Planning(
-        data_rank=mesh.coordinate("data"),
-        plan=partial(plan_step, num_ranks=num_ranks, cost=cost, pp=pp, effort=config.step_plan.effort),
-        check=partial(validate_plan, cost=cost, pp=pp),
-        share=partial(comm.broadcast_json, src=0, group=world),
-        leader=world.rank == 0,
-    )
-
-
-def _packs(config: Config, opened: Opened) -> Packs:
-    """Which pieces form each step: whole documents, or what the curriculum draws."""
-    tokens = (microbatch_tokens(config), config.train.global_batch_tokens)
-    if config.curriculum.kind == "none":
-        return step_packs(
-            opened.tokens,
-            opened.train_docs,
-            config.data,
-            seed=config.run.seed,
-            microbatch_tokens=tokens[0],
-            global_batch_tokens=tokens[1],
-        )
-    return make_mixture(
-        opened,
-        config.data,
-        config.curriculum,
-        seed=config.run.seed,
-        tokens=tokens,
-        steps=config.train.steps,
-    )
-
-
-def _held_out(config: Config, mesh: Mesh, opened: Opened) -> list[HeldOutBatch]:
-    if not len(opened.held_out_docs):
-        return []
-    tokenizer = None
-    if opened.tokens.text_bytes is None and opened.tokenizer is not None:
-        tokenizer = load_tokenizer(opened.tokenizer)  # a foreign store: count its text by decoding it
-    packs = held_out_packs(
-        opened.tokens,
-        opened.held_out_docs,
-        config.data,
-        microbatch_tokens=microbatch_tokens(config),
-        eval_tokens=config.train.eval_tokens,
-    )
-    return held_out_batches(
-        opened.tokens,
-        packs,
-        data_group_index=mesh.data_group_index,
-        num_data_groups=mesh.num_data_groups,
-        vocab_size=int(config.model.vocab_size),
-        tokenizer=tokenizer,
-    )
 
 
 def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:

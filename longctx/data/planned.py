@@ -15,8 +15,10 @@ from parallel.errors import PlanError
 
 from ..errors import ConfigError, DataError
 from .batch import PackedBatch, build_batch
+from .held_out import HeldOutBatch, held_out_batches
 from .loader import Packs, StepLoader
-from .packing import Piece
+from .packing import Pack, Piece
+from .tokenizers import Tokenizer
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -125,6 +127,42 @@ class PlannedLoader(StepLoader):
         plan = decode_plan(message)
         self._planning.check(plan, self.lengths(step))
         self._received = (step, plan, self._reader.submit(self.batches, step, plan))
+
+
+def planned_held_out(
+    store: Tokens,
+    packs: Sequence[Pack],
+    planning: Planning,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[HeldOutBatch]:
+    """This rank's batches of an evaluation, in groups of one plan that is made once.
+
+    Args:
+        store: tokens.
+        packs: of `held_out_packs`; only their pieces matter.
+        planning: of this rank.
+        vocab_size: rows of the model's embedding, checked.
+        tokenizer: counts the bytes of documents that have no record of them.
+
+    Returns:
+        One batch per microbatch; a group's first rank alone counts its bytes of text.
+    """
+    pieces = [piece for pack in packs for piece in pack]
+    lengths = [piece.weight for piece in pieces]
+    plan = decode_plan(planning.share(encode_plan(planning.plan(lengths)) if planning.leader else None))
+    planning.check(plan, lengths)
+    found = []
+    for groups in plan.microbatches:
+        group = group_of(groups, planning.data_rank)
+        pack = tuple(pieces[number] for number in group.pieces)
+        (whole,) = held_out_batches(store, [pack], vocab_size=vocab_size, tokenizer=tokenizer)
+        counts = whole.text_bytes is None or group.first_rank == planning.data_rank
+        text_bytes = whole.text_bytes if counts else 0.0
+        batch = replace(whole.batch, degree=group.degree)
+        found.append(HeldOutBatch(batch=batch, text_bytes=text_bytes))
+    return found
 
 
 def group_of(groups: "Sequence[Group]", data_rank: int) -> "Group":

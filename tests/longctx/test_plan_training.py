@@ -1,5 +1,7 @@
 """Adaptive sequence groups in the training step: the objective is the same under every plan."""
 
+import json
+
 import pytest
 from compose_ranks import assert_equal_to_one
 from ranks import run_ranks
@@ -91,3 +93,65 @@ def test_gradients_under_the_planner_s_own_plan_with_tp_and_replicas(base, layou
     expected = run_plan(base, f"one-{label}", {}, (*MIXED, "train.dtype=float64"))[0][:3]
     results = run_plan(base, f"own-{label}", layout, extra)
     assert_equal_to_one([result[:3] for result in results], expected, "float64")
+
+
+def whole_run(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> int:
+    from longctx.train.loop import train
+
+    config = make_config(base, name, size=size, layout=layout, extra=extra)
+    return train(config, make_world(base / name, rank, size))
+
+
+def rows_of(base, name: str, layout: dict, extra: tuple[str, ...]) -> list[dict]:
+    size = layout.get("dp_shard", 1) * layout.get("tp", 1)
+    (base / name).mkdir(exist_ok=True)
+    assert run_ranks(whole_run, size, base, name, layout, extra, init=False) == [0] * size
+    return [json.loads(line) for line in (base / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_planned_groups_has_the_losses_of_one_process_and_says_its_plan(base):
+    extra = (*MIXED, "train.dtype=float64", "train.steps=4", "train.eval_every=2")
+    expected = rows_of(base, "run-one", {}, extra)
+    found = rows_of(base, "run-planned", {"dp_shard": 4}, (*extra, *ADAPTIVE))
+    for key in ("loss", "held_out_loss", "held_out_bits_per_byte", "grad_norm", "tokens"):
+        want = [row[key] for row in expected if key in row]
+        assert want
+        assert [row[key] for row in found if key in row] == pytest.approx(want, rel=1e-10), key
+    for row in found:
+        assert row["plan_groups"] >= 1
+        assert row["plan_predicted_ms"] > 0
+        assert row["max_document_tokens"] > 256  # longer than one rank holds
+
+
+def test_whole_documents_are_planned_too(base):
+    extra = ("train.dtype=float64", "train.steps=2", "train.eval_every=0")
+    expected = rows_of(base, "documents-one", {}, extra)
+    found = rows_of(base, "documents-planned", {"dp_shard": 2}, (*extra, *ADAPTIVE))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-10)
+
+
+def test_a_sequence_longer_than_all_ranks_is_refused_before_anything_starts(base):
+    from longctx.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"data.seq_len=512 .* 2 data ranks .* longest that fits is 256"):
+        make_config(
+            base,
+            "none",
+            size=2,
+            layout={"dp_shard": 2},
+            extra=(*MIXED, ADAPTIVE[0], "step_plan.capacity_tokens=128"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("parallel.ring=2", "parallel.dp_shard=1"), "parallel.ring=2"),
+        (("attention.strategy=ulysses",), "attention.strategy=usp"),
+    ],
+)
+def test_adaptive_groups_refuse_a_fixed_split(base, extra, words):
+    from longctx.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=words):
+        make_config(base, "none", size=2, layout={"dp_shard": 2}, extra=(*MIXED, *ADAPTIVE, *extra))
