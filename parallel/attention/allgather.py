@@ -11,9 +11,8 @@ Source: Llama 3 (section 3.3.2, context parallelism), with per-document slices.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from ..comm import Group, exchange
@@ -35,6 +34,8 @@ class GatherRoute:
     """The ring ranks."""
     wire_dtype: torch.dtype | None = None
     """Dtype in which gradients travel; None for the dtype in which they are added."""
+    cache: dict[torch.device, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
+    """Sorting of fetched rows by device."""
 
     def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Two steps: own keys, fetched keys."""
@@ -47,9 +48,19 @@ class GatherRoute:
         yield plan.own, k, v
         pending.wait()
         if arriving:
-            order = torch.from_numpy(plan.order).to(k.device)
-            fetched = torch.cat([block for _, block in arriving], 1).index_select(1, order)
+            fetched = arriving[0][1] if len(arriving) == 1 else torch.cat([b for _, b in arriving], 1)
+            order, _ = self.orders(k.device)
+            fetched = fetched if order is None else fetched.index_select(1, order)
             yield plan.remote, fetched[0], fetched[1]
+
+    def orders(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The sorting of fetched rows and its inverse; None when they arrive sorted."""
+        if device not in self.cache:
+            order = torch.from_numpy(self.plan.order)
+            sorted_already = torch.equal(order, torch.arange(len(order)))
+            pair = (None, None) if sorted_already else (order.to(device), order.argsort().to(device))
+            self.cache[device] = pair
+        return self.cache[device]
 
     def gradients(self, k: Tensor) -> "GatherGradients":
         """Send each owner what its rows got here, add what came from the others."""
@@ -73,8 +84,9 @@ class GatherGradients:
             self._own = dk.to(self._exact), dv.to(self._exact)
             return
         plan = self._route.plan
-        inverse = torch.from_numpy(np.argsort(plan.order)).to(dk.device)
-        rows = torch.stack((dk, dv)).index_select(1, inverse).to(self._wire)
+        _, inverse = self._route.orders(dk.device)
+        rows = torch.stack((dk, dv))
+        rows = (rows if inverse is None else rows.index_select(1, inverse)).to(self._wire)
         self._parts = tuple(part.contiguous() for part in rows.split([n for _, n in plan.receives], 1))
 
     def finish(self) -> tuple[Tensor, Tensor]:
