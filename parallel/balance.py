@@ -6,7 +6,9 @@ causal mask each such pair has the same work.
 """
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 
 Part = tuple[int, int, int]
 
@@ -14,7 +16,10 @@ WORK_LIMIT = 1.05
 """Largest accepted max/mean over ranks of causal query-key pairs."""
 TOKEN_LIMIT = 1.02
 """Largest accepted max/mean over ranks of tokens."""
-_EXHAUSTIVE = 24  # documents up to which every (longest, shortest) choice of cuts is tried
+_SMALL = 16  # documents up to which many choices of cuts are tried
+_MEDIUM = 64  # documents up to which placements are improved by swapping
+_HOPELESS = 1.3  # distance from the limits from which swapping does not lead to them
+_CHOICES = 64  # choices of equally many cuts up to which all are tried, else (longest, shortest) ones
 
 
 def contiguous(lengths: Sequence[int], ring: int) -> list[list[Part]]:
@@ -65,10 +70,14 @@ def causal_work(parts: Iterable[Part]) -> int:
 def _candidates(order: list[int], lengths: Sequence[int], ring: int) -> Iterator[set[int]]:
     """Sets of documents to cut, fewest first; later ones only matter if no earlier one fits."""
     count = len(order)
-    if count <= _EXHAUSTIVE:
+    if count <= _MEDIUM:
         for cuts in range(count + 1):
-            for shortest in range(cuts + 1):
-                yield {*order[: cuts - shortest], *order[count - shortest :]}
+            if count > _SMALL:
+                yield set(order[:cuts])
+            elif math.comb(count, cuts) <= _CHOICES:
+                yield from (set(chosen) for chosen in combinations(order, cuts))
+            else:
+                yield from ({*order[: cuts - n], *order[count - n :]} for n in range(cuts + 1))
         return
     low, high = 0, count
     while low < high:
@@ -86,24 +95,35 @@ class _Shares:
 
     def __init__(self, lengths: Sequence[int], ring: int, order: list[int], cut: set[int]) -> None:
         self.parts: list[list[Part]] = [[] for _ in range(ring)]
-        self._tokens = [0] * ring
-        self._work = [0] * ring
         self._mean_tokens = sum(lengths) / ring
         self._mean_work = sum(n * (n + 1) // 2 for n in lengths) / ring
+        # While whole documents are placed, each rank counts an even share of the cut ones.
+        tokens = sum(lengths[i] for i in order if i in cut) / ring
+        work = sum(lengths[i] * (lengths[i] + 1) // 2 for i in order if i in cut) / ring
+        self._tokens, self._work = [tokens] * ring, [work] * ring
         self._place([(i, lengths[i]) for i in order if i not in cut])
+        if len(order) <= _MEDIUM:
+            self._improve()
+        self._tokens, self._work = [t - tokens for t in self._tokens], [w - work for w in self._work]
         for i in order:
             if i in cut:
                 self._spread(i, lengths[i])
-        work, tokens = max(self._work) / self._mean_work, max(self._tokens) / self._mean_tokens
-        self.excess = max(work / WORK_LIMIT, tokens / TOKEN_LIMIT)
+        self.excess = max(self._excess(rank) for rank in range(ring))
 
     def _load(self, rank: int) -> float:
         return max(self._work[rank] / self._mean_work, self._tokens[rank] / self._mean_tokens)
 
-    def _add(self, rank: int, part: Part) -> None:
-        self.parts[rank].append(part)
-        self._tokens[rank] += part[2] - part[1]
-        self._work[rank] += causal_work([part])
+    def _excess(self, rank: int, tokens: int = 0, work: int = 0) -> float:
+        """How far a rank would be beyond the limits (1.0) with so much more."""
+        return max(
+            (self._work[rank] + work) / self._mean_work / WORK_LIMIT,
+            (self._tokens[rank] + tokens) / self._mean_tokens / TOKEN_LIMIT,
+        )
+
+    def _add(self, rank: int, part: Part, sign: int = 1) -> None:
+        (self.parts[rank].append if sign > 0 else self.parts[rank].remove)(part)
+        self._tokens[rank] += sign * (part[2] - part[1])
+        self._work[rank] += sign * (part[1] + 1 + part[2]) * (part[2] - part[1]) // 2
 
     def _place(self, documents: list[tuple[int, int]]) -> None:
         # Longest first onto the least loaded rank (Graham's LPT rule), load being the worse of both shares.
@@ -112,6 +132,36 @@ class _Shares:
             _, rank = heap[0]
             self._add(rank, (document, 0, length))
             heapq.heapreplace(heap, (self._load(rank), rank))
+
+    def _improve(self) -> None:
+        """Swap documents of the worst rank with others' (or with nothing) while that helps."""
+        ranks = range(len(self.parts))
+        for _ in range(2 * len(ranks)):
+            worst = max(ranks, key=lambda r: (self._excess(r), -r))
+            now = self._excess(worst)
+            if not 1.0 < now < _HOPELESS:
+                return
+            swaps = [
+                (self._swapped(worst, mine, other, theirs), i, other, j)
+                for i, mine in enumerate(self.parts[worst])
+                for other in ranks
+                if other != worst
+                for j, theirs in enumerate([None, *self.parts[other]])
+            ]
+            best, i, other, j = min(swaps, default=(now, 0, 0, 0))
+            if best >= now:
+                return
+            mine, theirs = self.parts[worst][i], [None, *self.parts[other]][j]
+            self._add(worst, mine, -1)
+            self._add(other, mine)
+            if theirs is not None:
+                self._add(other, theirs, -1)
+                self._add(worst, theirs)
+
+    def _swapped(self, worst: int, mine: Part, other: int, theirs: Part | None) -> float:
+        n, m = mine[2], theirs[2] if theirs else 0  # whole documents
+        tokens, work = n - m, (n * (n + 1) - m * (m + 1)) // 2
+        return max(self._excess(worst, -tokens, -work), self._excess(other, tokens, work))
 
     def _spread(self, document: int, length: int) -> None:
         ring = len(self.parts)

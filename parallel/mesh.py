@@ -175,7 +175,7 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
 def _default_timeout(device_type: str) -> timedelta:
     # New groups do not inherit the default group's timeout: without this a silent peer costs 30 minutes.
     backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
-    timeout: timedelta = backend.options._timeout
+    timeout: timedelta = getattr(backend.options, "_timeout", dist.default_pg_timeout)
     return timeout
 
 

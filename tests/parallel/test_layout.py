@@ -1,5 +1,7 @@
 """Layouts (pure): every token once, few cuts, even work and tokens, and named refusals."""
 
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,31 @@ def test_packs_on_which_a_per_document_balancer_fails(lengths, ring, peer):
 def test_no_more_documents_are_cut_than_it_takes(lengths, ring, cuts):
     work, tokens, found = balance(build(lengths, ring))
     assert (work <= WORK_LIMIT, tokens <= TOKEN_LIMIT, found) == (True, True, cuts)
+
+
+def fewest_cuts(lengths, ring):
+    """By trying everything: the fewest documents spread evenly so that the rest fits whole."""
+    total, work = sum(lengths), [n * (n + 1) / 2 for n in lengths]
+    for cuts in range(len(lengths) + 1):
+        for cut in combinations(range(len(lengths)), cuts):
+            rest = [i for i in range(len(lengths)) if i not in cut]
+            for places in product(range(ring), repeat=len(rest)):
+                tokens = [sum(lengths[i] for i in cut) / ring] * ring
+                pairs = [sum(work[i] for i in cut) / ring] * ring
+                for i, rank in zip(rest, places, strict=True):
+                    tokens[rank] += lengths[i]
+                    pairs[rank] += work[i]
+                if max(tokens) * ring <= TOKEN_LIMIT * total and max(pairs) * ring <= WORK_LIMIT * sum(work):
+                    return cuts
+    raise AssertionError("cutting all of them is even")
+
+
+@pytest.mark.parametrize(("ring", "count"), [(2, 7), (3, 6)])
+def test_as_few_cuts_as_exhaustive_search(ring, count):
+    generator = np.random.default_rng(3)
+    for _ in range(12):
+        lengths = [int(n) * 12 for n in np.exp(generator.normal(4.0, 1.0, size=count)) + 2]
+        assert balance(build(lengths, ring))[2] <= fewest_cuts(lengths, ring), lengths
 
 
 @SETTINGS
