@@ -1,0 +1,1 @@
+"""Planners: which ranks share which sequences. Pure: no torch, no clock, no file system."""
