@@ -11,6 +11,7 @@ from .curriculum import check_curriculum, resolve_step_plan
 from .degrees import Machine, choose, fits, memory, memory_limit
 from .keys import value_of
 from .memory import FILL
+from .rope import check_rope, with_head_dim
 from .schema import Config, DegreesConfig, ModelConfig
 from .units import format_bytes, format_tokens
 
@@ -42,6 +43,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_degrees(config.parallel)
     config = _fill(config, cast(Literal["cpu", "cuda"], device_type))
     config = resolve_step_plan(config, node_ranks=min(node_ranks, world_size))
+    check_positions(config.model)
     check_tokens(config)
     check_curriculum(config)
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))
@@ -100,7 +102,7 @@ def _fill(config: Config, device_type: Literal["cpu", "cuda"]) -> Config:
     if dtype == "auto":
         dtype = "bfloat16" if device_type == "cuda" else "float32"
     train = replace(config.train, microbatch_tokens=microbatch_tokens(config), dtype=dtype)
-    rope = replace(config.model.rope, head_dim=config.model.rope.head_dim or config.model.head_dim)
+    rope = with_head_dim(config.model.rope, config.model.head_dim)
     run = replace(config.run, device=device_type)
     return replace(config, train=train, model=replace(config.model, rope=rope), run=run)
 
@@ -163,6 +165,17 @@ def check_model(model: ModelConfig) -> None:
         )
     if model.sliding_window is not None and model.sliding_window < 1:
         raise ConfigError(f"model.sliding_window={model.sliding_window}; choose null or at least 1")
+
+
+def check_positions(model: ModelConfig) -> None:
+    """The rotary method, and the layers that go without."""
+    check_rope(model.rope)
+    beyond = [layer for layer in model.rope.none_layers if layer >= model.num_layers]
+    if beyond:
+        raise ConfigError(
+            f"model.rope.none_layers names layer {beyond[0]}, but model.num_layers={model.num_layers}; "
+            f"choose from 0 to {model.num_layers - 1}"
+        )
 
 
 def check_degrees(degrees: DegreesConfig) -> None:

@@ -66,6 +66,8 @@ def owner_of(name: str) -> str | None:
 
 def expected(key: Key) -> str:
     """What a key takes, in words: `an integer (8192, 8k or 1M) or auto`."""
+    if get_origin(key.hint) is tuple:
+        return f"a list, each {_words(get_args(key.hint)[0], key.unit)}"
     words = [_words(hint, key.unit) for hint in (get_args(key.hint) or (key.hint,))]
     if get_origin(key.hint) is Literal:
         words = [str(choice) for choice in get_args(key.hint)]

@@ -3,20 +3,14 @@
 Shapes: t = this rank's tokens, E = hidden_size, H = num_heads, K = num_kv_heads, D = head_dim.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from parallel.attention import Mask
 from parallel.layout import SequenceLayout
 
 from ..config.schema import ModelConfig
-from ..rope.apply import rotate
-from ..rope.tables import RopeTable
+from ..rope.tables import Attend, Positions
 from .layers import RMSNorm
-
-Attend = Callable[..., Tensor]
-"""attend(q [t, H, D], k [t, K, D], v [t, K, D], *, layout, mask) -> [t, H, D]."""
 
 
 class Attention(nn.Module):
@@ -35,14 +29,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, table: RopeTable, layout: SequenceLayout) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, layout: SequenceLayout) -> Tensor:
         """[t, E] -> q [t, H, D], k and v [t, K, D] -> [t, E]."""
         # The head count comes from the projection's width, so a projection that holds only some of
         # the heads works unchanged.
         heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.wq(x).unflatten(-1, heads)), table)
-        k = rotate(self.k_norm(self.wk(x).unflatten(-1, heads)), table)
+        q = self.q_norm(self.wq(x).unflatten(-1, heads))
+        k = self.k_norm(self.wk(x).unflatten(-1, heads))
         v = self.wv(x).unflatten(-1, heads)
-        mixed = self.attend(q, k, v, layout=layout, mask=self.mask)
+        mixed = positions.attend(self.attend, q, k, v, layout=layout, mask=self.mask)
         projected: Tensor = self.wo(mixed.flatten(-2))
         return projected

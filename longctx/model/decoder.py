@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from parallel.layout import SequenceLayout
 
 from ..config.schema import ModelConfig
-from ..rope.frequencies import rope_parameters
 from ..rope.spec import with_head_dim
-from ..rope.tables import Frequencies, RopeTable
-from .attention import Attend, Attention
+from ..rope.tables import Attend, Frequencies, NoPositions, Positions
+from .attention import Attention
 from .layers import FeedForward, RMSNorm, TokenEmbedding
 from .params import vocab_rows
 
@@ -26,9 +25,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = FeedForward(config.hidden_size, config.ffn_size)
 
-    def forward(self, x: Tensor, table: RopeTable, layout: SequenceLayout) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, layout: SequenceLayout) -> Tensor:
         """[t, E] -> [t, E]."""
-        x = x + self.attention(self.attention_norm(x), table, layout)
+        x = x + self.attention(self.attention_norm(x), positions, layout)
         stream: Tensor = x + self.ffn(self.ffn_norm(x))
         return stream
 
@@ -44,7 +43,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         rope = with_head_dim(config.rope, config.head_dim)
-        self.frequencies = Frequencies.stack([rope_parameters(rope)])
+        self.frequencies = Frequencies.of(rope)
         self.embedding = TokenEmbedding(vocab_rows(config), config.hidden_size)
         self.layers = nn.ModuleDict({str(n): Block(config, attend) for n in range(config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -71,9 +70,10 @@ class Decoder(nn.Module):
             [t, V] in the parameters' dtype.
         """
         x = self.embedding(input_ids)  # [t] -> [t, E]
-        table = self.frequencies.table(position_ids, rope_id, dtype=x.dtype)
-        for block in self.layers.values():
-            x = block(x, table, layout)
+        positions: Positions = self.frequencies.table(position_ids, rope_id, dtype=x.dtype, layout=layout)
+        for number, block in self.layers.items():
+            turns = int(number) not in self.config.rope.none_layers
+            x = block(x, positions if turns else NoPositions(), layout)
         x = self.norm(x)
         logits: Tensor = self.embedding.project(x) if self.config.tied_embeddings else self.head(x)
         return logits

@@ -1,20 +1,22 @@
 """The rotation itself.
 
-Shapes: t = this rank's tokens, H = heads, D = head_dim.
+Shapes: t = this rank's tokens, H = heads, D = head_dim, P = pairs that turn.
 
-Half-split layout: coordinate i turns with coordinate i + D/2, as in Hugging Face's Llama and
-GPT-NeoX. The arithmetic is in the table's dtype (at least float32), the result in the input's.
+Half-split layout: coordinate i turns with coordinate i + P, as in Hugging Face's Llama and
+GPT-NeoX; with partial rotary the dims beyond 2P stay. The arithmetic is in the table's dtype (at
+least float32), the result in the input's.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .tables import RopeTable
+if TYPE_CHECKING:
+    from .tables import RopeTable
 
 
-def rotate(x: Tensor, table: RopeTable) -> Tensor:
+def rotate(x: Tensor, table: "RopeTable") -> Tensor:
     """Turn every head of every token by its position.
 
     Args:
@@ -26,8 +28,9 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
 
     Source: RoFormer (Su et al. 2021), eq. 34, with the coordinates paired half-split.
     """
-    rotated: Tensor = _Rotation.apply(x, table.cos, table.sin)  # type: ignore[no-untyped-call]
-    return rotated
+    rotary = 2 * table.cos.shape[-1]
+    rotated: Tensor = _Rotation.apply(x[..., :rotary], table.cos, table.sin)  # type: ignore[no-untyped-call]
+    return rotated if rotary == x.shape[-1] else torch.cat((rotated, x[..., rotary:]), dim=-1)
 
 
 class _Rotation(torch.autograd.Function):

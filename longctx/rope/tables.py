@@ -1,16 +1,33 @@
 """Cosines and sines of one forward, at this rank's true positions.
 
-Shapes: t = this rank's tokens, D = head_dim.
+Shapes: t = this rank's tokens, D = head_dim, P = pairs that turn (D/2, or fewer with partial rotary).
 
 Angles are products in float64: at 1M tokens a float32 angle is wrong by 2e-2 in a logit, a float64
 one by 4e-7. The table is built once per forward and shared by every layer.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from parallel.layout import SequenceLayout
+
+from ..config.schema import RopeConfig
+from .apply import rotate
+from .frequencies import LENGTH_DEPENDENT, original, rope_parameters
+
+Attend = Callable[..., Any]
+"""attend(q [t, H, D], k [t, K, D], v [t, K, D], *, layout, mask) -> [t, H, D]."""
+
+
+class Positions(Protocol):
+    """How queries and keys learn where they are; made once per forward, handed to every layer."""
+
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention with positions: q [t, H, D], k and v [t, K, D] -> [t, H, D]."""
 
 
 class RopeTable:
@@ -21,8 +38,8 @@ class RopeTable:
     destroys the positions.
 
     Attributes:
-        cos: [t, 1, D/2], at least float32, times the method's attention factor.
-        sin: [t, 1, D/2], like `cos`.
+        cos: [t, 1, P], at least float32, times the method's attention factor.
+        sin: [t, 1, P], like `cos`.
     """
 
     __slots__ = ("cos", "sin")
@@ -31,15 +48,42 @@ class RopeTable:
         self.cos = cos
         self.sin = sin
 
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of turned queries and keys: q [t, H, D], k and v [t, K, D] -> [t, H, D]."""
+        out: Tensor = attend(rotate(q, self), rotate(k, self), v, **options)
+        return out
+
+
+class NoPositions:
+    """What a layer without rotary positions gets in the place of a table."""
+
+    __slots__ = ()
+
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention as it is: q [t, H, D], k and v [t, K, D] -> [t, H, D]."""
+        out: Tensor = attend(q, k, v, **options)
+        return out
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frequencies:
     """The rotary frequencies a model uses; a token's `rope_id` is the row it takes."""
 
     inv_freq: Tensor
-    """[n, D/2] float64 on the CPU, one row per frequency set."""
+    """[n, P] float64 on the CPU, one row per frequency set."""
     attention_factor: Tensor
     """[n] float64 on the CPU: multiplies cosine and sine."""
+    by_length: tuple[RopeConfig, ...] = ()
+    """The n methods, if one of them depends on the document's length."""
+
+    @classmethod
+    def of(cls, config: RopeConfig) -> "Frequencies":
+        """The sets of a model: one, or with `mixed_window` the original (0) and the extended (1)."""
+        configs: tuple[RopeConfig, ...] = (config,)
+        if config.mixed_window:
+            configs = (original(config), replace(config, mixed_window=False))
+        rows = cls.stack([rope_parameters(each) for each in configs])
+        return replace(rows, by_length=configs) if config.type in LENGTH_DEPENDENT else rows
 
     @classmethod
     def stack(cls, parameters: Sequence[tuple[Tensor, float]]) -> "Frequencies":
@@ -48,14 +92,24 @@ class Frequencies:
         factors = torch.tensor([factor for _, factor in parameters], dtype=torch.float64, device="cpu")
         return cls(inv_freq=rows, attention_factor=factors)
 
-    def table(self, position_ids: Tensor, rope_id: Tensor | None, *, dtype: torch.dtype) -> RopeTable:
+    def table(
+        self,
+        position_ids: Tensor,
+        rope_id: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        layout: SequenceLayout | None = None,
+    ) -> RopeTable:
         """Cosines and sines at `position_ids`.
 
         Args:
-            position_ids: [t] int64 or int32, restarting per document.
+            position_ids: [t] int64 or int32, restarting per document; or [t, P], one position for
+                each pair.
             rope_id: [t] int64, the frequency set of each token; None: the first. Ignored while there
                 is only one.
             dtype: the activations' dtype; the table has it, or float32 if that is wider.
+            layout: tells methods that depend on it each document's length; None: no document is
+                longer than the original length.
 
         Returns:
             The table on the device of `position_ids`.
@@ -65,13 +119,37 @@ class Frequencies:
         """
         if position_ids.is_floating_point():
             raise TypeError(f"position_ids are {position_ids.dtype}; pass int64, which holds every position")
+        rows, index = self._rows(rope_id, layout)
         device = position_ids.device
-        inv_freq, factor = self.inv_freq.to(device), self.attention_factor.to(device)[:, None]
-        if len(self.inv_freq) > 1 and rope_id is not None:
-            inv_freq, factor = inv_freq[rope_id], factor[rope_id]  # [t, D/2], [t, 1]
+        inv_freq, factor = rows.inv_freq.to(device), rows.attention_factor.to(device)[:, None]
+        if index is not None:
+            index = index.to(device)
+            inv_freq, factor = inv_freq[index], factor[index]  # [t, P], [t, 1]
         else:
             inv_freq, factor = inv_freq[:1], factor[:1]
-        angles = position_ids.to(torch.float64)[:, None] * inv_freq  # [t, D/2]
+        positions = position_ids if position_ids.ndim == 2 else position_ids[:, None]
+        angles = positions.to(torch.float64) * inv_freq  # [t, P]
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = ((f(angles) * factor).to(wide)[:, None, :] for f in (torch.cos, torch.sin))
         return RopeTable(cos, sin)
+
+    def _rows(
+        self, rope_id: Tensor | None, layout: SequenceLayout | None
+    ) -> tuple["Frequencies", Tensor | None]:
+        """Frequency rows and the row of each token [t]; None: the first row for all."""
+        if not self.by_length or layout is None:
+            return self, rope_id if len(self.inv_freq) > 1 else None
+        lengths, index = torch.unique(token_lengths(layout), return_inverse=True)  # [u], [t]
+        parameters = [rope_parameters(each, n) for each in self.by_length for n in lengths.tolist()]
+        if not parameters:  # a rank without tokens
+            return self, None
+        if rope_id is not None and len(self.by_length) > 1:
+            index = index.to(rope_id.device) + rope_id * len(lengths)
+        return Frequencies.stack(parameters), index
+
+
+def token_lengths(layout: SequenceLayout) -> Tensor:
+    """Tokens of the document of each of this rank's tokens: int64 [t] on the CPU."""
+    ends = torch.as_tensor(layout.cu_seqlens, dtype=torch.int64, device="cpu")
+    document = torch.searchsorted(ends, layout.token_index, right=True) - 1
+    return ends.diff()[document]
