@@ -207,7 +207,8 @@ def _truncated(config: RopeConfig, seq_len: int | None) -> tuple[Tensor, float]:
     Source: Giraffe (Pal et al. 2023), sec. 3.3 (truncated basis), with its code's ratios.
     """
     inv_freq, cut = _base_frequencies(config), 2 * math.pi / _original_len(config)
-    slow = torch.where(inv_freq < cut / config.zero_ratio, 0.0, cut / config.low_ratio)
+    slow = torch.full_like(inv_freq, cut / config.low_ratio)
+    slow[inv_freq < cut / config.zero_ratio] = 0.0
     return torch.where(inv_freq < cut, slow, inv_freq), 1.0
 
 

@@ -15,7 +15,7 @@ from .spec import check_rope, extension_factor, rotary_dim, with_head_dim
 
 ORIGINAL = "original_max_position_embeddings"
 
-_SAME = ("factor", "partial_rotary_factor", "attention_factor", "mscale", "mscale_all_dim")
+_SAME: tuple[str, ...] = ("factor", "partial_rotary_factor", "attention_factor", "mscale", "mscale_all_dim")
 _SAME += ("beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor")
 OURS: Mapping[str, str] = {
     **{name: name for name in (*_SAME, "short_factor", "long_factor")},

@@ -75,15 +75,17 @@ class Frequencies:
     """[n] float64 on the CPU: multiplies cosine and sine."""
     by_length: tuple[RopeConfig, ...] = ()
     """The n methods, if one of them depends on the document's length."""
+    original_len: int | None = None
+    """Mixed windows: longer documents take set 1 where no `rope_id` says otherwise."""
 
     @classmethod
     def of(cls, config: RopeConfig) -> "Frequencies":
         """The sets of a model: one, or with `mixed_window` the original (0) and the extended (1)."""
-        configs: tuple[RopeConfig, ...] = (config,)
         if config.mixed_window:
             configs = (original(config), replace(config, mixed_window=False))
-        rows = cls.stack([rope_parameters(each) for each in configs])
-        return replace(rows, by_length=configs) if config.type in LENGTH_DEPENDENT else rows
+            return replace(cls.stack([rope_parameters(c) for c in configs]), original_len=config.original_len)
+        rows = cls.stack([rope_parameters(config)])
+        return replace(rows, by_length=(config,)) if config.type in LENGTH_DEPENDENT else rows
 
     @classmethod
     def stack(cls, parameters: Sequence[tuple[Tensor, float]]) -> "Frequencies":
@@ -105,8 +107,8 @@ class Frequencies:
         Args:
             position_ids: [t] int64 or int32, restarting per document; or [t, P], one position for
                 each pair.
-            rope_id: [t] int64, the frequency set of each token; None: the first. Ignored while there
-                is only one.
+            rope_id: [t] int64, the frequency set of each token; None: by the document's length with
+                mixed windows, else the first. Ignored while there is only one.
             dtype: the activations' dtype; the table has it, or float32 if that is wider.
             layout: tells methods that depend on it each document's length; None: no document is
                 longer than the original length.
@@ -137,15 +139,26 @@ class Frequencies:
         self, rope_id: Tensor | None, layout: SequenceLayout | None
     ) -> tuple["Frequencies", Tensor | None]:
         """Frequency rows and the row of each token [t]; None: the first row for all."""
-        if not self.by_length or layout is None:
-            return self, rope_id if len(self.inv_freq) > 1 else None
-        lengths, index = torch.unique(token_lengths(layout), return_inverse=True)  # [u], [t]
-        parameters = [rope_parameters(each, n) for each in self.by_length for n in lengths.tolist()]
-        if not parameters:  # a rank without tokens
+        if self.by_length and layout is not None:
+            return _rows_by_length(self.by_length, token_lengths(layout), rope_id) or (self, None)
+        if len(self.inv_freq) == 1:
             return self, None
-        if rope_id is not None and len(self.by_length) > 1:
-            index = index.to(rope_id.device) + rope_id * len(lengths)
-        return Frequencies.stack(parameters), index
+        if rope_id is None and layout is not None and self.original_len is not None:
+            rope_id = (token_lengths(layout) > self.original_len).to(torch.int64)
+        return self, rope_id
+
+
+def _rows_by_length(
+    configs: Sequence[RopeConfig], token_lengths: Tensor, rope_id: Tensor | None
+) -> tuple[Frequencies, Tensor] | None:
+    """One row for each method and document length, and the row of each token; None without tokens."""
+    lengths, index = torch.unique(token_lengths, return_inverse=True)  # [u], [t]
+    if not len(lengths):
+        return None
+    rows = Frequencies.stack([rope_parameters(each, n) for each in configs for n in lengths.tolist()])
+    if rope_id is not None and len(configs) > 1:
+        index = index.to(rope_id.device) + rope_id * len(lengths)
+    return rows, index
 
 
 def token_lengths(layout: SequenceLayout) -> Tensor:

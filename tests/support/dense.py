@@ -71,7 +71,8 @@ def error(found, expected):
 
 def packed(lengths):
     """A stand-in layout of one process: documents of these lengths, in order."""
-    return SimpleNamespace(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    return SimpleNamespace(cu_seqlens=ends.to(torch.int32), token_index=torch.arange(int(ends[-1])))
 
 
 def positions(lengths):
