@@ -114,7 +114,7 @@ def _text_keys(raw: Any) -> Any:
 def _type_message(
     error: OmegaConfBaseException, values: Mapping[str, Any], sources: Mapping[str, str]
 ) -> str:
-    name = error.full_key or ""
+    name = (error.full_key or "").partition("[")[0]  # an entry of a list: the list
     if name not in values or isinstance(error, ConfigAttributeError):
         return f"{name}: {str(error.msg or error).splitlines()[0]}" if name else str(error.msg or error)
     where = f"{name}={values[name]!r} ({sources[name]})"
