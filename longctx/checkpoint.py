@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -267,6 +268,9 @@ def _together(run: Run, doing: str) -> Iterator[None]:
     failure = ""
     try:
         yield
+    except CheckpointException as error:  # torch's, of all ranks at once, and not an Exception
+        rank, (cause, _) = next(iter(error.failures.items()))
+        failure = f"rank {rank}, {doing}: {cause}"
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         failure = f"rank {run.world.rank}, {doing}: {error}"
     failures = [f for f in comm.gather_json(failure, group=run.mesh.group("world")) if f]

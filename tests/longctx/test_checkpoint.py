@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -155,6 +156,32 @@ def test_a_full_disk_on_one_rank_fails_every_rank_and_keeps_the_previous_checkpo
         assert "rank 1" in message and "No space left" in message and "step-00000001" in message
         assert left == ["step-00000001"]
     checkpoint.verify(base / "full" / "ckpt" / "step-00000001")
+
+
+def save_beyond_the_file_limit(rank: int, size: int, base) -> tuple[str, list[str]]:
+    """The operating system cuts rank 1's tensor file short in the middle of the write."""
+    config = make_config(base, "limit", size=size, layout={"dp_shard": size})
+    run = build(config, make_world(base / "limit", rank, size))
+    checkpoint.save(run)
+    train_step(run, 1e-4)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save(run)
+        message = ""
+    except CheckpointError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run.close()
+    return message, sorted(p.name for p in (base / "limit" / "ckpt").iterdir())
+
+
+def test_a_write_cut_short_fails_every_rank_and_keeps_the_previous_checkpoint(base):
+    (base / "limit").mkdir()
+    for message, left in run_ranks(save_beyond_the_file_limit, 2, base, init=False):
+        assert "writing tensors" in message and "step-00000000" in message
+        assert left == ["step-00000000"]
+    checkpoint.verify(base / "limit" / "ckpt" / "step-00000000")
 
 
 def not_enough_space(rank: int, size: int, base) -> str:
