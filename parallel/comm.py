@@ -7,7 +7,8 @@ import itertools
 import json
 import math
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,21 +85,23 @@ class Pending:
         """
         works, self._works = self._works, []
         for peer, work in works:
-            try:
+            with naming(self._group, self._kind, peer=peer, step=self._step):
                 work.wait()
-            except RuntimeError as error:
-                raise lost(self._group, self._kind, peer=peer, step=self._step, cause=error) from error
         for target, staged in self._after:
             target.copy_(staged)
         self._after, self._keep = [], []
 
 
-def lost(group: Group, kind: str, *, peer: int | None, step: int | None, cause: BaseException) -> PeerLost:
-    """The named error for a failed communication; `peer` is an index into the group."""
-    rank = None if peer is None else group.ranks[peer]
-    words = str(cause).strip().splitlines()[:1]
-    detail = f"{kind} among ranks {list(group.ranks)} failed ({words[0] if words else type(cause).__name__})"
-    return PeerLost(axis=group.axis, rank=rank, step=step, detail=detail)
+@contextmanager
+def naming(group: Group, kind: str, *, peer: int | None = None, step: int | None = None) -> Iterator[None]:
+    """Turn a backend's error into `PeerLost`; `peer` is an index into the group, if it is known."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank = None if peer is None else group.ranks[peer]
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        detail = f"{kind} among ranks {list(group.ranks)} failed ({words})"
+        raise PeerLost(axis=group.axis, rank=rank, step=step, detail=detail) from error
 
 
 def warm_up(group: Group) -> None:
@@ -153,10 +156,8 @@ def exchange(
             pending._after.append((buffer, target))
         operations.append(dist.P2POp(dist.irecv, target, group=group.handle, group_peer=peer))
     peers = [peer for peer, _ in sends] + [peer for peer, _ in receives]
-    try:
+    with naming(group, kind, step=step):
         works = dist.batch_isend_irecv(operations)
-    except RuntimeError as error:
-        raise lost(group, kind, peer=None, step=step, cause=error) from error
     # NCCL coalesces a batch into one work, gloo returns one per operation.
     pending._works = (
         list(zip(peers, works, strict=True)) if len(works) == len(peers) else [(None, w) for w in works]
@@ -188,12 +189,10 @@ def all_to_all(
         received.copy_(send)
         return received, pending
     group.counter.add(kind, (sum(send_counts) - send_counts[group.rank]) * send.element_size())
-    try:
+    with naming(group, kind):
         work = dist.all_to_all_single(
             received, send, list(receive_counts), list(send_counts), group=group.handle, async_op=True
         )
-    except RuntimeError as error:
-        raise lost(group, kind, peer=None, step=None, cause=error) from error
     pending._works.append((None, work))
     pending._keep.append(send)
     return received, pending
@@ -204,10 +203,8 @@ def all_reduce(tensor: torch.Tensor, group: Group, *, op: str = "sum") -> torch.
     if group.size == 1:
         return tensor
     group.counter.add("all_reduce", tensor.nbytes)
-    try:
+    with naming(group, "all_reduce"):
         dist.all_reduce(tensor, op=_REDUCE[op], group=group.handle)
-    except RuntimeError as error:
-        raise lost(group, "all_reduce", peer=None, step=None, cause=error) from error
     return tensor
 
 
@@ -235,10 +232,8 @@ def _collect(
     if not larger:
         return target  # every rank has the same size, so all stay away together
     group.counter.add(kind, larger // group.size * (group.size - 1))
-    try:
+    with naming(group, kind):
         call(target, source.contiguous(), group=group.handle)
-    except RuntimeError as error:
-        raise lost(group, kind, peer=None, step=None, cause=error) from error
     return target
 
 
@@ -247,10 +242,8 @@ def broadcast(tensor: torch.Tensor, *, src: int, group: Group) -> torch.Tensor:
     if group.size == 1:
         return tensor
     group.counter.add("broadcast", tensor.nbytes if group.rank == src else 0)
-    try:
+    with naming(group, "broadcast", peer=src):
         dist.broadcast(tensor, group_src=src, group=group.handle)
-    except RuntimeError as error:
-        raise lost(group, "broadcast", peer=src, step=None, cause=error) from error
     return tensor
 
 
