@@ -9,7 +9,7 @@ from ..comm import all_reduce, gather_rows, warm_up
 from ..errors import ConfigError
 from ..layout import SequenceLayout
 from ..mesh import Mesh, SequenceGroups
-from .backends import check_name, choose
+from .backends import Needs, check_name, choose
 from .check import check_stream_tensor, check_tensors
 from .engine import Call, Route, run
 from .heads import check_heads, head_blocks, split_heads
@@ -34,6 +34,7 @@ class _Plan:
     exchange: HeadExchange | None
     order: Tensor | None
     forms: tuple[str, ...]
+    grouped: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,7 +87,7 @@ class Attention:
         """
         check_tensors(q, k, v, layout, device_type=self.mesh.device_type)
         plan = self._plan(layout, mask, q.shape[1], k.shape[1])
-        self._kernels_for(q, plan.forms)  # refuses before anything is sent
+        self._kernels_for(q, plan)  # refuses before anything is sent
         if plan.exchange is not None:
             q, k, v = scatter_heads(q, k, v, plan.exchange)
         return self._compute(
@@ -127,7 +128,7 @@ class Attention:
         def check(name: str, x: Tensor) -> int:
             heads = num_heads if name == "q" else num_kv_heads
             check_stream_tensor(name, x, layout, num_heads=heads, device_type=self.mesh.device_type)
-            self._kernels_for(x, plan.forms)
+            self._kernels_for(x, plan)
             return heads
 
         def finish(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -147,7 +148,7 @@ class Attention:
         return_max_logit: bool = False,
     ) -> Any:
         """Attend with this rank's heads and its ring rank's tokens; results for its own tokens."""
-        kernels = self._kernels_for(q, plan.forms)
+        kernels = self._kernels_for(q, plan)
         scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
         if plan.order is not None:
             order = plan.order.to(q.device)
@@ -166,13 +167,16 @@ class Attention:
             results.append(_reduce_largest(largest, plan))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _kernels_for(self, q: Tensor, forms: tuple[str, ...]) -> dict[str, Kernel]:
-        key = (q.device.type, q.dtype, q.shape[2], forms)
+    def _kernels_for(self, q: Tensor, plan: _Plan) -> dict[str, Kernel]:
+        key = (q.device.type, q.dtype, q.shape[2], plan.grouped, plan.forms)
         if key not in self._kernels:
-            device, dtype, head_dim, _ = key
+            device, dtype, head_dim, grouped, _ = key
             self._kernels[key] = {
-                form: choose(self.options.kernel, form=form, device=device, dtype=dtype, head_dim=head_dim)[0]
-                for form in forms
+                form: choose(
+                    self.options.kernel,
+                    Needs(form=form, device=device, dtype=dtype, head_dim=head_dim, grouped=grouped),
+                )[0]
+                for form in plan.forms
             }
         return self._kernels[key]
 
@@ -202,6 +206,7 @@ class Attention:
             exchange=None if layout.ulysses == 1 else exchange,
             order=None if order is None else torch.from_numpy(order),
             forms=mask.forms,
+            grouped=num_heads != num_kv_heads,
         )
 
     def _route(self, shares: Shares, layout: SequenceLayout, groups: SequenceGroups) -> Route:

@@ -46,7 +46,11 @@ class Backward(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """One attention backend. Adapters normalise lse and alignment here, so that nobody else must."""
+    """One attention backend. Adapters normalise lse and alignment here, so that nobody else must.
+
+    Causal tiles are squares, where top-left and bottom-right alignment agree; a "band" tile is a
+    window, whose adapter knows how its library counts.
+    """
 
     name: str
     """What `make_attention(kernel=...)` calls it."""
@@ -68,6 +72,8 @@ class Kernel:
     """Whether a batch of tiles is one launch."""
     head_dim_multiple: int = 1
     """What the head dim must be a multiple of."""
+    gqa: bool = True
+    """Whether it takes fewer key heads than query heads."""
 
 
 def per_tile(

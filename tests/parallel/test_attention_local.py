@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.attention.backends import KERNELS, refusal
+from parallel.attention.backends import KERNELS, Needs, refusal
 from parallel.attention.engine import Call, run
 from parallel.attention.local import local_route
 from parallel.attention.mask import Mask
@@ -17,7 +17,7 @@ from parallel.layout import SequenceLayout
 CPU_KERNELS = [
     kernel
     for kernel in KERNELS
-    if refusal(kernel, form="full", device="cpu", dtype=torch.float64, head_dim=8) is None
+    if refusal(kernel, Needs(form="full", device="cpu", dtype=torch.float64, head_dim=8)) is None
 ]
 
 

@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from parallel.attention import Mask, make_attention, traffic
 from parallel.attention import registry as registry_module
-from parallel.attention.backends import KERNELS, choose
+from parallel.attention.backends import KERNELS, Needs, choose
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError, UnsupportedError
 from parallel.layout import SequenceLayout
@@ -98,11 +98,13 @@ def test_traffic_refuses_what_attend_refuses():
 
 
 def test_the_choice_of_a_kernel_says_why():
-    kernel, reason = choose("auto", form="band", device="cpu", dtype=torch.float32, head_dim=64)
+    kernel, reason = choose("auto", Needs(form="band", device="cpu", dtype=torch.float32, head_dim=64))
     assert kernel.name == "cpu_flash"
-    assert reason.startswith("cpu_flash: first that can")
-    kernel, reason = choose("torch", form="full", device="cpu", dtype=torch.float64, head_dim=3)
-    assert (kernel.name, reason) == ("torch", "torch: asked")
-    with pytest.raises(ConfigError, match=r"not cpu_flash \(runs on \['cpu'\]\)"):
-        choose("cpu_flash", form="full", device="cuda", dtype=torch.float32, head_dim=64)
+    assert reason.startswith("cpu_flash: the first that can; not flash_attn_3 (runs on cuda); ")
+    kernel, reason = choose("torch", Needs(form="full", device="cpu", dtype=torch.float64, head_dim=3))
+    assert (kernel.name, reason) == ("torch", "torch: asked for")
+    with pytest.raises(
+        ConfigError, match=r"not cpu_flash \(runs on cpu\); choose one of \['auto', .*'torch'\]"
+    ):
+        choose("cpu_flash", Needs(form="full", device="cuda", dtype=torch.float32, head_dim=64))
     assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
