@@ -1,4 +1,4 @@
-"""`longctx doctor --selftest`: does this machine compute what one process computes?"""
+"""`longctx doctor`: does this machine compute what one process computes, and with which kernels?"""
 
 import os
 import subprocess
@@ -31,6 +31,9 @@ def run(argv: Sequence[str]) -> int:
         "--selftest", action="store_true", help="every combination of axes against one process, both dtypes"
     )
     parser.add_argument(
+        "--kernels", action="store_true", help="attention kernels, best first, each with the reason"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a cover of all pairs instead of the whole matrix"
     )
     parser.add_argument("--compile", action="store_true", help="also compiled blocks; minutes more")
@@ -38,6 +41,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--write", type=Path, help="write the page docs/parity.md here")
     parser.add_argument("--folder", type=Path, help="where the self-test's corpus and logs lie")
     options = parser.parse_args(list(argv))
+    if options.kernels:
+        from .kernels import table
+
+        print("\n".join(table()))
+        return DONE
     if not options.selftest:
         parser.print_help()
         return BAD_INPUT

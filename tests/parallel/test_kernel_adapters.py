@@ -2,27 +2,22 @@
 
 import sys
 
-import dense
 import flash_stubs
 import pytest
 import sequence_cases
 import torch
+from kernel_cases import errors
 
 from parallel.attention import backends
 from parallel.attention.backends import Needs, refusal, survey
-from parallel.attention.engine import Call, run
-from parallel.attention.heads import head_blocks, split_heads
 from parallel.attention.kernel_fa2 import FLASH_ATTN_2
 from parallel.attention.kernel_fa3 import FLASH_ATTN_3
 from parallel.attention.kernel_fa4 import FLASH_ATTN_4
 from parallel.attention.kernel_torch import TORCH
 from parallel.attention.kernel_torch_gpu import CUDNN, TORCH_FLASH
-from parallel.attention.local import local_route
 from parallel.attention.mask import Mask
-from parallel.attention.plan import Shares
 from parallel.attention.tiles import Tile, batches
 from parallel.attention.varlen import launch_of, launches
-from parallel.layout import SequenceLayout
 
 STUBS = [
     (FLASH_ATTN_2, flash_stubs.flash_attn_2),
@@ -30,38 +25,10 @@ STUBS = [
     (FLASH_ATTN_3, flash_stubs.flash_attn_3_operator),
     (FLASH_ATTN_4, flash_stubs.flash_attn_4),
 ]
-LENGTHS = (1, 30, 0, 17, 3)
 
 
 def named(stubs):
     return [pytest.param(*stub, id=stub[1].__name__) for stub in stubs]
-
-
-def errors(kernel, mask, *, heads=(4, 2), head_dim=8, lengths=LENGTHS):
-    """Errors of out, lse, dq, dk and dv of one process with this kernel."""
-    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    layout = SequenceLayout.build(offsets, ring=1, ulysses=1, ring_rank=0, ulysses_rank=0)
-    whole = dense.inputs(offsets[-1], *heads, head_dim, torch.float64)
-    reference, local = ([x.clone().requires_grad_() for x in whole[:3]] for _ in range(2))
-    expected, expected_lse, _ = dense.attention(
-        *reference, dense.visible(offsets, mask, heads[0]), head_dim**-0.5
-    )
-    (share,) = split_heads(*heads, 1)
-    shares = Shares.of(layout, mask, head_blocks(share, *heads, mask))
-    order = shares.orders[0]
-    call = Call(
-        route=local_route(shares),
-        kernels=dict.fromkeys(("full", "causal", "band"), kernel),
-        scale=head_dim**-0.5,
-    )
-    rows = torch.arange(offsets[-1]) if order is None else torch.from_numpy(order)
-    out, lse, _ = run(*(x[rows] for x in local), call)
-    out, lse = out[rows.argsort()], lse[:, rows.argsort()]
-    for result in (expected, out):
-        result.backward(whole[3])
-    pairs = [(out, expected), (lse, expected_lse)]
-    pairs += [(a.grad, b.grad) for a, b in zip(local, reference, strict=True)]
-    return [dense.error(a.detach(), b.detach()) for a, b in pairs]
 
 
 @pytest.mark.parametrize(("kernel", "stub"), named(STUBS))

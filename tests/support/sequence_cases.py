@@ -101,10 +101,10 @@ def errors(case, mesh, dtype=torch.float64, **options):
     out.backward(whole[3].double())
     layout = layout_of(case, mesh)
     index = layout.token_index
-    local = [x[index].requires_grad_() for x in whole[:3]]
+    local = [x[index].to(mesh.device_type).requires_grad_() for x in whole[:3]]
     attend = make_attention(case.strategy, mesh, **case.options, **options)
     results = attend(*local, layout=layout, mask=mask, return_lse=True, return_max_logit=True)
-    results[0].backward(whole[3][index])
+    results[0].backward(whole[3][index].to(mesh.device_type))
     expected = [out[index], lse[:, index], largest, *(x.grad[index] for x in reference)]
     found = [*results, *(x.grad for x in local)]
-    return [dense.error(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True)]
+    return [dense.error(a.detach().cpu(), b.detach()) for a, b in zip(found, expected, strict=True)]
