@@ -126,7 +126,9 @@ def in_training(args) -> dict[str, harness.Figure]:
             "train.eval_every=0",
             "train.eval_tokens=1k",
         ]
-        command += ["train.global_batch_tokens=16k", "train.microbatch_tokens=8k"]
+        lengths = (1024, 1024) if args.quick else (16384, 8192)
+        command += [f"train.global_batch_tokens={lengths[0]}", f"train.microbatch_tokens={lengths[1]}"]
+        command += [f"data.seq_len={lengths[1]}"]
         started = time.perf_counter()
         done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -140,7 +142,9 @@ def in_training(args) -> dict[str, harness.Figure]:
     took = f"{time.perf_counter() - started:.0f} s in all"
     return {
         "wait_share_of_step": harness.Figure(harness.median(shares), "ratio", note),
-        "step_time": harness.Figure(step_ms, "ms", f"16k tokens, quickstart's model, one process; {took}"),
+        "step_time": harness.Figure(
+            step_ms, "ms", f"{lengths[0]:,} tokens, quickstart's model, one process; {took}"
+        ),
     }
 
 

@@ -2,11 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from ..config.check import check_values
 from ..config.load import load
+from ..config.schema import Config, DataConfig
 from .arguments import make_parser, parse
+
+if TYPE_CHECKING:
+    from ..data.outlook import Outlook
+    from ..data.prepare import Prepared
 
 
 def run(argv: Sequence[str]) -> int:
@@ -16,23 +22,72 @@ def run(argv: Sequence[str]) -> int:
     arguments = parse(parser, argv)
     config = load(arguments.files, arguments.overrides).config
     check_values(config)
-    from ..data.histogram import length_classes
+    rows = [_source(config, name, data, quiet=arguments.options.json) for name, data in _sources(config.data)]
+    if arguments.options.json:
+        print(json.dumps(rows[0] if not config.data.sources else {"sources": rows}))
+    return 0
+
+
+def _sources(data: DataConfig) -> list[tuple[str, DataConfig]]:
+    if not data.sources:
+        return [(data.path, data)]
+    return [(source.name, replace(data, path=source.path, sources=[])) for source in data.sources]
+
+
+def _source(config: Config, name: str, data: DataConfig, *, quiet: bool) -> dict[str, Any]:
+    """Prepare one source; say what it holds; its row of JSON."""
     from ..data.prepare import describe, prepare
+
+    prepared = prepare(data, progress=not quiet)
+    found = _outlook(config, data, prepared)
+    if not quiet:
+        print(describe(prepared, data.seq_len))
+        if found is None:
+            print(f"no curriculum at data.seq_len={data.seq_len:,}: it is no power of two")
+        else:
+            _say(name, prepared, found)
+    return _row(prepared, found)
+
+
+def _outlook(config: Config, data: DataConfig, prepared: "Prepared") -> "Outlook | None":
+    """What a curriculum would make of the training documents; None where seq_len is no power of two."""
+    from ..data.outlook import outlook
     from ..data.store import Store
 
-    prepared = prepare(config.data, progress=not arguments.options.json)
-    if not arguments.options.json:
-        print(describe(prepared, config.data.seq_len))
-        return 0
-    classes = length_classes(Store(prepared.prefix).lengths)
-    row = {
+    if data.seq_len & (data.seq_len - 1):
+        return None
+    lengths = Store(prepared.prefix).lengths[prepared.train_docs]
+    return outlook(lengths, data, too_long=config.curriculum.too_long)
+
+
+def _say(name: str, prepared: "Prepared", found: "Outlook") -> None:
+    from pathlib import Path
+
+    from ..data.outlook import outlook_text, write_plot
+    from ..data.store import Store
+
+    print(outlook_text(found, name))
+    lengths = Store(prepared.prefix).lengths[prepared.train_docs]
+    try:
+        print(f"plot  {write_plot(Path(prepared.prefix + '.lengths.svg'), found, lengths)}")
+    except OSError as error:
+        print(f"no plot: {error}")
+
+
+def _row(prepared: "Prepared", found: "Outlook | None") -> dict[str, Any]:
+    from ..data.histogram import length_classes
+    from ..data.store import Store
+
+    row: dict[str, Any] = {
         "prefix": prepared.prefix,
         "train_documents": len(prepared.train_docs),
         "held_out_documents": len(prepared.held_out_docs),
         "tokens": prepared.num_tokens,
         "vocab_size": prepared.vocab_size,
         "skipped": prepared.num_skipped,
-        "lengths": [asdict(each) for each in classes],
+        "lengths": [asdict(each) for each in length_classes(Store(prepared.prefix).lengths)],
     }
-    print(json.dumps(row))
-    return 0
+    if found is not None:
+        pieces = dict(zip(map(str, found.classes), found.pieces, strict=True))
+        row |= {"pieces": pieces, "piece_tokens": found.kept, "attention_share": found.attention_share}
+    return row

@@ -7,7 +7,7 @@ from typing import Literal, cast
 from parallel.config import ParallelConfig
 
 from ..errors import ConfigError
-from .curriculum import check_curriculum, resolve_step_plan
+from .curriculum import check_curriculum, check_step_plan, resolve_step_plan
 from .degrees import Machine, choose, fits, memory, memory_limit
 from .keys import value_of
 from .memory import FILL
@@ -49,6 +49,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))
     degrees = choose_or_check(config, machine)
     check_attention(config, degrees)
+    check_step_plan(config, degrees)
     check_tensor(config.model, degrees)
     check_fsdp(config, degrees)
     chosen = replace(config.parallel, dp_shard=degrees.dp_shard, ring=degrees.ring, ulysses=degrees.ulysses)

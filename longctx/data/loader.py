@@ -20,6 +20,9 @@ class Packs(Protocol):
     def packs(self, step: int) -> list[Pack]:
         """All packs of a step, of every data group."""
 
+    def exhausted(self, step: int) -> list[str]:
+        """Sources that have nothing more to give after a step."""
+
 
 def step_packs(
     store: Tokens,
@@ -90,6 +93,10 @@ class StepLoader:
     def packs(self, step: int) -> list[Pack]:
         """All packs of a step, of every data group."""
         return self._thread.submit(self._packs.packs, step).result()
+
+    def exhausted(self, step: int) -> list[str]:
+        """Sources that have nothing more to give after a step."""
+        return self._thread.submit(self._packs.exhausted, step).result()
 
     def documents(self, step: int) -> list[str]:
         """Names of the step's documents over all data groups, with the tokens that were used."""

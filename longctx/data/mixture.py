@@ -110,6 +110,7 @@ class MixturePacks:
         self._room = [microbatch_tokens] * full + [rest] * (rest > 0)
         self._orders: dict[tuple[int, int], Int64s] = {}
         self._recent: dict[int, Int64s] = {}
+        self._spent: dict[int, list[str]] = {}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -126,12 +127,19 @@ class MixturePacks:
         """int64: numbers of the step's pieces in `bucketed.pieces`, longest first."""
         if step not in self._recent:  # a step is read ahead, then counted: keep the last few
             if len(self._recent) >= _KEPT:
-                del self._recent[next(iter(self._recent))]
+                oldest = next(iter(self._recent))
+                del self._recent[oldest], self._spent[oldest]
             self._recent[step] = self._numbers(step)
         return self._recent[step]
 
+    def exhausted(self, step: int) -> list[str]:
+        """Sources that have nothing more to give after a step."""
+        self.numbers(step)
+        return self._spent[step]
+
     def _numbers(self, step: int) -> Int64s:
         before, drawn = self.curriculum.draw(step)
+        self._spent[step] = self.curriculum.exhausted(step + 1)
         found = [
             self._take(bucket, int(before[bucket]), int(count)) for bucket, count in enumerate(drawn) if count
         ]

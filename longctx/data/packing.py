@@ -242,6 +242,10 @@ class StepPacks:
         first = step * self.packs_per_step
         return [self._pack(number) for number in range(first, first + self.packs_per_step)]
 
+    def exhausted(self, step: int) -> list[str]:
+        """No source ever is: epochs go on."""
+        return []
+
     def epoch_packs(self, epoch: int) -> int:
         """Number of packs in an epoch; packs all of it."""
         made = self._epoch(epoch)

@@ -100,12 +100,16 @@ def _sinks(run: Run) -> list[Sink]:
 
 def _steps(session: Session) -> int:
     run, config = session.run, session.run.config
+    spent = _spent(run)
     while run.progress.step < config.train.steps:
         started = time.perf_counter()
         result = _one_step(session)
         done = run.progress.step
         last = done == config.train.steps
         row = _row(session, result, time.perf_counter() - started)
+        for source in set(_spent(run)) - set(spent):
+            session.folder.event("exhausted", step=done, source=source)
+            spent.append(source)
         if run.held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
             row |= evaluate(run)
         if last or "held_out_loss" in row or done % config.metrics.log_every == 0:
@@ -117,6 +121,11 @@ def _steps(session: Session) -> int:
         if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
             _save(session)
     return DONE
+
+
+def _spent(run: Run) -> list[str]:
+    """Sources that had nothing more to give after the last step."""
+    return run.loader.exhausted(run.progress.step - 1) if run.progress.step else []
 
 
 def _one_step(session: Session) -> StepResult:

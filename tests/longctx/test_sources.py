@@ -1,6 +1,7 @@
 """Several sources in one run: shares, names, metrics, and resuming in another world."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from longctx.config.load import load
 from longctx.config.schema import CurriculumConfig, DataConfig, SourceConfig
 from longctx.data.mixture import make_mixture
 from longctx.data.sources import Corpus, open_data
-from longctx.data.weights import class_weights, source_weights
+from longctx.data.weights import LossWeights, class_weights, source_weights
 from longctx.errors import ConfigError, DataError
 from longctx.train.loop import train
 
@@ -117,8 +118,8 @@ def test_a_source_that_is_used_up_is_named(stores):
     steps = range(200)
     drawn = [p for step in steps for pack in mixed.packs(step) for p in pack if p.doc >= 300]
     assert len(set(drawn)) == len(drawn)
-    assert mixed.curriculum.exhausted(0) == []
-    assert mixed.curriculum.exhausted(200) == ["books"]
+    assert mixed.exhausted(0) == []
+    assert mixed.exhausted(199) == ["books"]
 
 
 def test_a_source_without_a_long_enough_document_is_named(stores):
@@ -211,8 +212,6 @@ def test_metrics_by_source_and_length_and_a_resume_in_another_world(base):
     share = sum(row["tokens_source/b"] for row in whole) / sum(row["loss"] > 0 for row in whole) / 2048
     assert share == pytest.approx(2 / 3, abs=0.05)
 
-    import shutil
-
     (base / "resumed" / "ckpt").mkdir(parents=True)
     shutil.copytree(base / "whole" / "ckpt" / "step-00000003", base / "resumed" / "ckpt" / "step-00000003")
     resumed = rows_of(base, "resumed", (2, ("run.resume=true",)))
@@ -222,3 +221,39 @@ def test_metrics_by_source_and_length_and_a_resume_in_another_world(base):
         for name in names:
             if name in expected:
                 assert found[name] == pytest.approx(expected[name], rel=1e-10), name
+
+
+def test_the_run_s_events_name_a_source_that_is_used_up(base):
+    sources = (
+        f"data.sources=[{{name: a, path: {base}/docs}}, {{name: b, path: {base}/other, max_epochs: 0.2}}]"
+    )
+    codes = run_ranks(
+        train_rank, 1, base, "spent", "spent-0", (sources, "curriculum.kind=natural"), init=False
+    )
+    assert codes == [0]
+    events = [json.loads(line) for line in (base / "spent" / "events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["kind"] == "exhausted"]
+    assert event["source"] == "b" and 1 <= event["step"] <= 8
+
+
+def test_losses_move_the_weights_and_a_resume_goes_on_with_them(base):
+    sources = (
+        f"data.sources=[{{name: a, path: {base}/docs, reference_loss: 9}}, "
+        f"{{name: b, path: {base}/other, reference_loss: 4}}]",
+        "curriculum.kind=natural",
+        "curriculum.reweight_every=2",
+        "checkpoint.every=3",
+        "checkpoint.keep=9",
+    )
+    whole = rows_of(base, "reweighted", (1, sources))
+    shares = [row["tokens_source/b"] / 2048 for row in whole]
+    assert shares[0] == pytest.approx(0.5, abs=0.1)  # b's loss is 1.7 nats above its reference, a's below
+    assert sum(shares[4:6]) / 2 > 0.75 and sum(shares[6:8]) / 2 > 0.9  # to 0.85, then to 0.97
+    state = json.loads((base / "reweighted" / "ckpt" / "step-00000003" / "state.json").read_text())
+    assert state["reweighting"]["changes"][0][0] == 1 + LossWeights.AHEAD
+
+    (base / "again" / "ckpt").mkdir(parents=True)
+    shutil.copytree(base / "reweighted" / "ckpt" / "step-00000003", base / "again" / "ckpt" / "step-00000003")
+    resumed = rows_of(base, "again", (1, (*sources, "run.resume=true")))
+    assert [row["tokens_source/b"] for row in resumed] == [row["tokens_source/b"] for row in whole[3:]]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole[3:]]

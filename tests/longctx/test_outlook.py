@@ -1,0 +1,57 @@
+"""What `prepare` says of a curriculum before it runs."""
+
+import json
+
+import numpy as np
+import pytest
+from stores import make_store
+
+from longctx.cli.prepare import run
+from longctx.config.schema import DataConfig
+from longctx.data.outlook import outlook, outlook_text, write_plot
+
+DATA = DataConfig(seq_len=64, min_len=8)
+
+
+def test_pieces_tokens_and_pairs_of_known_documents():
+    found = outlook(np.array([65, 33, 12, 5]), DATA)
+    assert dict(zip(found.classes, found.pieces, strict=True)) == {8: 1, 16: 0, 32: 1, 64: 1}
+    assert (found.documents, found.reaching, found.tokens, found.kept) == (4, 1, 115, 104)
+    pairs = 64 * 65 // 2 + 32 * 33 // 2 + 8 * 9 // 2
+    assert found.attention_share == pytest.approx(pairs / (104 * 65 / 2))
+
+
+def test_the_text_names_losses_savings_and_few_long_documents():
+    few = outlook_text(outlook(np.array([9] * 200 + [65]), DATA), "web")
+    assert "web: pieces" in few
+    assert "warning: 1 of 201 documents (0.50%) reach data.seq_len=64" in few
+    assert "of concat-and-chunk at 64 tokens" in few
+    assert "warning" not in outlook_text(outlook(np.array([9] * 50 + [65]), DATA), "web")
+
+
+def test_the_plot_is_a_picture_with_a_bar_for_every_class(tmp_path):
+    from xml.etree import ElementTree
+
+    lengths = np.array([65, 200, 12])
+    path = write_plot(tmp_path / "p.svg", outlook(lengths, DATA), lengths)
+    bars = [e for e in ElementTree.parse(path).iter() if e.tag.endswith("rect") and e.get("fill") != "white"]
+    assert len(bars) == 2 * 5  # 8, 16, 32, 64 and 128 tokens; documents and pieces
+
+
+def test_prepare_prints_and_plots_every_source(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        make_store(tmp_path / name, [[*rng.integers(0, 256, size=int(n)), 256] for n in (70, 20, 9, 130)])
+    arguments = [
+        "recipes/quickstart.yaml",
+        f"data.sources=[{{name: a, path: {tmp_path}/a}}, {{name: b, path: {tmp_path}/b}}]",
+        "data.seq_len=64",
+        "data.min_len=8",
+    ]
+    assert run(arguments) == 0
+    said = capsys.readouterr().out
+    assert "a: pieces of a curriculum" in said and "b: pieces of a curriculum" in said
+    assert (tmp_path / "a.lengths.svg").exists() and (tmp_path / "b.lengths.svg").exists()
+    assert run([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["sources"]
+    assert [set(row["pieces"]) for row in rows] == [{"8", "16", "32", "64"}] * 2
