@@ -18,6 +18,7 @@ from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
+from parallel.planner.sequence import split_degree
 from parallel.tensor.vocabulary import VocabShard
 
 from .config.check import parallel_config
@@ -27,7 +28,6 @@ from .data.loader import StepLoader
 from .data.mixture import MixturePacks
 from .data.sources import open_data
 from .data.tokens import Tokens
-from .data.weights import LossWeights
 from .errors import ConfigError
 from .feed import held_out, make_packs, step_loader
 from .model.decoder import Decoder
@@ -88,8 +88,8 @@ class Run:
     """This sequence group's microbatches of an evaluation."""
     progress: Progress
     """How far the run is."""
-    reweighting: LossWeights | None
-    """The sources' weights where they follow losses; part of a checkpoint."""
+    mixture: MixturePacks | None
+    """What draws the steps of a curriculum; None: whole documents are packed."""
     vocab_shard: VocabShard | None
     """Columns of the logits that this rank computes; None: all."""
 
@@ -114,17 +114,14 @@ class Run:
         )
 
     def _split(self, degree: int) -> tuple[int, int]:
-        from parallel.planner.sequence import split_degree
-
         model = self.config.model
         tp = self.mesh.size("tp")
-        split: tuple[int, int] = split_degree(
+        return split_degree(
             degree,
             num_heads=model.num_heads // tp,
             num_kv_heads=max(1, model.num_kv_heads // tp),
             node_ranks=max(1, self.config.step_plan.node_ranks // tp),
         )
-        return split
 
     def close(self) -> None:
         """Stop the loader and drop every process group; `build` may follow."""
@@ -166,7 +163,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         loader=step_loader(config, mesh, opened, packs),
         held_out=held_out(config, mesh, opened),
         progress=Progress(),
-        reweighting=packs.reweighting if isinstance(packs, MixturePacks) else None,
+        mixture=packs if isinstance(packs, MixturePacks) else None,
         vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
     )
 

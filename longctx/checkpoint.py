@@ -137,8 +137,8 @@ def load(path: Path | str, run: Run) -> None:
     load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     state = _read_json(path / STATE)
     run.progress.step, run.progress.tokens = state["step"], state["tokens"]
-    if run.reweighting is not None and "reweighting" in state:
-        run.reweighting.restore(state["reweighting"])
+    if run.mixture is not None:
+        run.mixture.restore(state.get("mixture", {}))
     for slots in run.optimizer.state.values():
         slots["step"].fill_(state["optimizer_step"])
     if len(state["rng"]) == run.world.size:
@@ -197,7 +197,7 @@ def _commit(run: Run, partial: Path, target: Path, written: list[_Written]) -> N
         "step": run.progress.step,
         "tokens": run.progress.tokens,
         "optimizer_step": run.progress.step,
-        **({} if run.reweighting is None else {"reweighting": run.reweighting.state()}),
+        "mixture": run.mixture.state() if run.mixture else {},
         "rng": [rng for _, _, rng in written],
     }
     write_text(partial / STATE, json.dumps(state, indent=1))

@@ -4,6 +4,7 @@ from functools import partial
 
 from parallel import comm
 from parallel.mesh import Mesh
+from parallel.planner.sequence import plan_step, validate_plan
 
 from .config.check import microbatch_tokens
 from .config.memory import ITEMSIZE
@@ -33,8 +34,6 @@ def step_loader(config: Config, mesh: Mesh, opened: Opened, packs: Packs) -> Ste
 
 def _planning(config: Config, mesh: Mesh) -> Planning:
     """Plans are made on rank 0 and serve every stage and every tp peer alike."""
-    from parallel.planner.sequence import plan_step, validate_plan
-
     world, num_ranks = mesh.group("world"), mesh.size("data")
     cost = sequence_cost(
         config.model,

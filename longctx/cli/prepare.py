@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from parallel.errors import PlanError
+
 from ..config.check import check_values
 from ..config.load import load
 from ..config.schema import Config, DataConfig
+from ..errors import ConfigError, DataError
 from .arguments import make_parser, parse
 
 if TYPE_CHECKING:
@@ -19,13 +22,26 @@ def run(argv: Sequence[str]) -> int:
     """Make the tokenized store, or check the one that exists, and print what it holds."""
     parser = make_parser("prepare", "Turn documents into a tokenized store, resumable; print its lengths.")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--ranks", type=int, default=8, help="data ranks of the predicted step (default 8)")
     arguments = parse(parser, argv)
     config = load(arguments.files, arguments.overrides).config
     check_values(config)
     rows = [_source(config, name, data, quiet=arguments.options.json) for name, data in _sources(config.data)]
     if arguments.options.json:
         print(json.dumps(rows[0] if not config.data.sources else {"sources": rows}))
+    else:
+        print(_forecast(config, arguments.options.ranks))
     return 0
+
+
+def _forecast(config: Config, ranks: int) -> str:
+    """Predicted step time with static and adaptive groups, or why there is none."""
+    from .forecast import forecast, forecast_text
+
+    try:
+        return forecast_text(forecast(config, ranks))
+    except (ConfigError, DataError, PlanError) as error:
+        return f"no predicted step time for {ranks} data ranks: {error}"
 
 
 def _sources(data: DataConfig) -> list[tuple[str, DataConfig]]:

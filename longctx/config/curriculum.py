@@ -122,6 +122,7 @@ def check_step_plan(config: Config, degrees: ParallelConfig) -> None:
     plan, capacity = config.step_plan, config.step_plan.capacity_tokens
     if plan.groups == "static" or not isinstance(capacity, int):
         return
+    capacity //= degrees.pp  # as many microbatches are in flight
     largest = 1 << (degrees.data_ranks.bit_length() - 1)
     allowed = [int(d) for d in plan.comm_ms_per_token if int(d) <= largest] or [largest]
     if config.data.seq_len > capacity * max(allowed):

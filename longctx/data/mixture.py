@@ -5,10 +5,11 @@ another seeded order, and the curriculum's counts walk along it: so a step's pie
 function of (seed, step), whatever the layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heapreplace
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -106,6 +107,7 @@ class MixturePacks:
             )
         self.bucketed, self.curriculum = bucketed, curriculum
         self._seed = seed
+        self._lock = Lock()  # steps are drawn by the loader's thread, weights change in the caller's
         full, rest = divmod(step_tokens, microbatch_tokens)
         self._room = [microbatch_tokens] * full + [rest] * (rest > 0)
         self._orders: dict[tuple[int, int], Int64s] = {}
@@ -118,24 +120,55 @@ class MixturePacks:
         return self.bucketed.sources
 
     @property
-    def reweighting(self) -> LossWeights | None:
+    def weights(self) -> LossWeights | None:
         """The sources' weights where they follow losses."""
         weights = self.curriculum.wanted.source_weights
         return weights if isinstance(weights, LossWeights) else None
 
+    def measured(self, step: int, losses: list[tuple[float, float]]) -> None:
+        """Let weights follow a finished step.
+
+        Args:
+            step: its number.
+            losses: loss sum and trained tokens of each source, over all ranks.
+        """
+        with self._lock:
+            changed = self.weights.measured(step, losses) if self.weights is not None else None
+            if changed is not None:
+                self._forget(changed)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: empty, but for weights that follow losses."""
+        return {} if self.weights is None else self.weights.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        with self._lock:
+            if self.weights is not None and state:
+                self.weights.restore(state)
+                self._forget(0)
+
+    def _forget(self, step: int) -> None:
+        """Draw `step` and later ones anew: whoever looked ahead saw other weights."""
+        self.curriculum.forget(step)
+        for seen in [s for s in self._recent if s >= step]:
+            del self._recent[seen], self._spent[seen]
+
     def numbers(self, step: int) -> Int64s:
         """int64: numbers of the step's pieces in `bucketed.pieces`, longest first."""
-        if step not in self._recent:  # a step is read ahead, then counted: keep the last few
-            if len(self._recent) >= _KEPT:
-                oldest = next(iter(self._recent))
-                del self._recent[oldest], self._spent[oldest]
-            self._recent[step] = self._numbers(step)
-        return self._recent[step]
+        with self._lock:
+            if step not in self._recent:  # a step is read ahead, then counted: keep the last few
+                if len(self._recent) >= _KEPT:
+                    oldest = next(iter(self._recent))
+                    del self._recent[oldest], self._spent[oldest]
+                self._recent[step] = self._numbers(step)
+            return self._recent[step]
 
     def exhausted(self, step: int) -> list[str]:
         """Sources that have nothing more to give after a step."""
         self.numbers(step)
-        return self._spent[step]
+        with self._lock:
+            return self._spent.get(step, [])
 
     def _numbers(self, step: int) -> Int64s:
         before, drawn = self.curriculum.draw(step)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel.errors import PlanError
+from parallel.planner.sequence import Group, StepPlan
 
 from ..errors import ConfigError, DataError
 from .batch import PackedBatch, build_batch
@@ -21,9 +22,6 @@ from .packing import Pack, Piece
 from .tokenizers import Tokenizer
 from .tokens import Tokens
 
-if TYPE_CHECKING:
-    from parallel.planner.sequence import Group, StepPlan
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planning:
@@ -31,9 +29,9 @@ class Planning:
 
     data_rank: int
     """This rank among the data ranks."""
-    plan: "Callable[[list[int]], StepPlan]"
+    plan: Callable[[list[int]], StepPlan]
     """Plan of a step's pieces, from the tokens that each counts."""
-    check: "Callable[[StepPlan, list[int]], None]"
+    check: Callable[[StepPlan, list[int]], None]
     """Raises PlanError where a plan breaks a rule."""
     share: Callable[[Any], Any]
     """Hands the leader's JSON value to every rank; all ranks call it together."""
@@ -78,7 +76,7 @@ class PlannedLoader(StepLoader):
         self.wait_s = time.perf_counter() - started
         return batches
 
-    def batches(self, step: int, plan: "StepPlan") -> list[PackedBatch]:
+    def batches(self, step: int, plan: StepPlan) -> list[PackedBatch]:
         """This rank's microbatches of a step under any plan of its pieces."""
         pieces = self._pieces(step)
         own = [group_of(groups, self._planning.data_rank) for groups in plan.microbatches]
@@ -165,12 +163,12 @@ def planned_held_out(
     return found
 
 
-def group_of(groups: "Sequence[Group]", data_rank: int) -> "Group":
+def group_of(groups: Sequence[Group], data_rank: int) -> Group:
     """The group of a microbatch that a data rank belongs to."""
     return next(g for g in groups if g.first_rank <= data_rank < g.first_rank + g.degree)
 
 
-def plan_figures(plan: "StepPlan") -> dict[str, float]:
+def plan_figures(plan: StepPlan) -> dict[str, float]:
     """What metrics say about a plan."""
     groups = sum(len(groups) for groups in plan.microbatches)
     return {
@@ -179,7 +177,7 @@ def plan_figures(plan: "StepPlan") -> dict[str, float]:
     }
 
 
-def encode_plan(plan: "StepPlan") -> dict[str, Any]:
+def encode_plan(plan: StepPlan) -> dict[str, Any]:
     """A plan as JSON."""
     microbatches = [
         [[g.degree, g.first_rank, list(g.pieces)] for g in groups] for groups in plan.microbatches
@@ -191,10 +189,8 @@ def encode_plan(plan: "StepPlan") -> dict[str, Any]:
     }
 
 
-def decode_plan(message: dict[str, Any]) -> "StepPlan":
+def decode_plan(message: dict[str, Any]) -> StepPlan:
     """The plan that `encode_plan` wrote."""
-    from parallel.planner.sequence import Group, StepPlan
-
     microbatches = tuple(
         tuple(Group(degree=d, first_rank=first, pieces=tuple(pieces)) for d, first, pieces in groups)
         for groups in message["microbatches"]

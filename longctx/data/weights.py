@@ -102,22 +102,26 @@ class LossWeights:
                 return weights
         return self._base(step)
 
-    def measured(self, step: int, losses: Sequence[tuple[float, float]]) -> None:
+    def measured(self, step: int, losses: Sequence[tuple[float, float]]) -> int | None:
         """Take in a finished step.
 
         Args:
             step: its number, from 0.
             losses: loss sum and trained tokens of each source, over all ranks.
+
+        Returns:
+            First step that has other weights now; None: nothing has changed.
         """
         for own, more in zip(self._sums, losses, strict=True):
             own[0], own[1] = own[0] + more[0], own[1] + more[1]
         if (step + 1) % self._every:
-            return
+            return None
         mean = [loss / max(1.0, tokens) for loss, tokens in self._sums]
         excess = [max(loss - ref, 0.0) for loss, ref in zip(mean, self._references, strict=True)]
         weights = [w * exp(e) for w, e in zip(self(step + self.AHEAD), excess, strict=True)]
         self._changes.append((step + self.AHEAD, [w / sum(weights) for w in weights]))
         self._sums = [[0.0, 0.0] for _ in self._references]
+        return step + self.AHEAD
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""

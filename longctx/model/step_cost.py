@@ -5,14 +5,11 @@ model's FLOPs at a nominal rate and its exchanges at nominal bandwidths. Measure
 calibration, or FlexSP's published tables) make the predicted times those of the machine.
 """
 
-from typing import TYPE_CHECKING
+from parallel.planner.sequence import SequenceCost
 
 from ..config.schema import ModelConfig, StepPlanConfig
 from ..errors import ConfigError
 from .flops import causal_flops
-
-if TYPE_CHECKING:
-    from parallel.planner.sequence import SequenceCost
 
 NOMINAL_FLOPS = {"cuda": 300e12, "cpu": 30e9}
 """Nominal FLOP/s of one rank."""
@@ -22,7 +19,7 @@ NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 100e9, 10e9
 
 def sequence_cost(
     model: ModelConfig, plan: StepPlanConfig, *, device: str, itemsize: int, num_ranks: int
-) -> "SequenceCost":
+) -> SequenceCost:
     """Constants of the planner.
 
     Args:
@@ -32,8 +29,6 @@ def sequence_cost(
         itemsize: bytes of an activation element.
         num_ranks: data ranks.
     """
-    from parallel.planner.sequence import SequenceCost
-
     assert isinstance(plan.capacity_tokens, int), "call check.resolve first"
     once, twice = causal_flops(model, [1 << 10]), causal_flops(model, [1 << 11])
     square = (twice - 2 * once) / (2 * (1 << 20))  # a n^2 + b n through two points

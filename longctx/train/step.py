@@ -49,8 +49,8 @@ def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepRes
         group["lr"] = learning_rate
     run.optimizer.step()
     run.optimizer.zero_grad()
-    if tally is not None and run.reweighting is not None:
-        run.reweighting.measured(run.progress.step, tally.by_source(sums))
+    if tally is not None and run.mixture is not None:
+        run.mixture.measured(run.progress.step, tally.by_source(sums))
     run.progress.step += 1
     run.progress.tokens += tokens
     return StepResult(

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from stores import make_store
 
+from longctx.cli.forecast import forecast_text, predict
 from longctx.cli.prepare import run
 from longctx.config.schema import DataConfig
 from longctx.data.outlook import outlook, outlook_text, write_plot
+from parallel.planner.sequence import SequenceCost
 
 DATA = DataConfig(seq_len=64, min_len=8)
 
@@ -47,11 +49,28 @@ def test_prepare_prints_and_plots_every_source(tmp_path, capsys):
         f"data.sources=[{{name: a, path: {tmp_path}/a}}, {{name: b, path: {tmp_path}/b}}]",
         "data.seq_len=64",
         "data.min_len=8",
+        "train.global_batch_tokens=512",
+        "step_plan.capacity_tokens=32",
     ]
     assert run(arguments) == 0
     said = capsys.readouterr().out
+    assert "step on 8 data ranks, predicted: adaptive groups" in said
     assert "a: pieces of a curriculum" in said and "b: pieces of a curriculum" in said
     assert (tmp_path / "a.lengths.svg").exists() and (tmp_path / "b.lengths.svg").exists()
     assert run([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["sources"]
     assert [set(row["pieces"]) for row in rows] == [{"8", "16", "32", "64"}] * 2
+
+
+def test_the_forecast_compares_every_degree_that_holds_the_longest_piece():
+    cost = SequenceCost(
+        alpha1_ms=1e-3,
+        alpha2_ms=0.1,
+        beta_ms=5.0,
+        comm_ms_per_token={1: 0.0, 2: 0.02, 4: 0.04},
+        capacity_tokens=64,
+    )
+    found = predict([[128] + [16] * 24], 4, cost)
+    assert set(found.static_ms) == {2, 4}
+    assert 0 < found.adaptive_ms <= min(found.static_ms.values())
+    assert "best static degree" in forecast_text(found)

@@ -7,7 +7,8 @@ from compose_ranks import assert_equal_to_one
 from ranks import run_ranks
 from tiny import make_config, make_world, write_corpus
 
-pytest.importorskip("parallel.planner.sequence")
+from parallel.planner.sequence import Group, StepPlan
+
 ADAPTIVE = ("step_plan.groups=adaptive", "step_plan.capacity_tokens=256")
 MIXED = (
     "curriculum.kind=natural",
@@ -26,10 +27,8 @@ def base(tmp_path_factory):
     return folder
 
 
-def partition(lengths: list[int], degrees: tuple[int, ...], *, microbatches: int, empty: bool):
+def partition(lengths: list[int], degrees: tuple[int, ...], *, microbatches: int, empty: bool) -> StepPlan:
     """Pieces dealt out to the same groups in every microbatch; with `empty` one group never has any."""
-    from parallel.planner.sequence import Group, StepPlan
-
     firsts = [sum(degrees[:i]) for i in range(len(degrees))]
     slots = [(m, g) for m in range(microbatches) for g in range(len(degrees) - (empty and len(degrees) > 1))]
     dealt = {slot: [i for i in range(len(lengths)) if slots[i % len(slots)] == slot] for slot in slots}

@@ -250,7 +250,7 @@ def test_losses_move_the_weights_and_a_resume_goes_on_with_them(base):
     assert shares[0] == pytest.approx(0.5, abs=0.1)  # b's loss is 1.7 nats above its reference, a's below
     assert sum(shares[4:6]) / 2 > 0.75 and sum(shares[6:8]) / 2 > 0.9  # to 0.85, then to 0.97
     state = json.loads((base / "reweighted" / "ckpt" / "step-00000003" / "state.json").read_text())
-    assert state["reweighting"]["changes"][0][0] == 1 + LossWeights.AHEAD
+    assert state["mixture"]["changes"][0][0] == 1 + LossWeights.AHEAD
 
     (base / "again" / "ckpt").mkdir(parents=True)
     shutil.copytree(base / "reweighted" / "ckpt" / "step-00000003", base / "again" / "ckpt" / "step-00000003")
