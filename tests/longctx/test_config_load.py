@@ -179,11 +179,28 @@ def test_an_empty_section_sets_nothing(tree):
     assert load(["mine.yaml"]).config == Config()
 
 
-@given(st.sampled_from(sorted(set(all_keys()) - {"curriculum.weights"})), st.data())
+MAPPINGS = {"curriculum.weights", "step_plan.comm_ms_per_token"}
+
+
+@given(st.sampled_from(sorted(set(all_keys()) - MAPPINGS)), st.data())
 def test_no_key_takes_a_mapping(key, data):
     stranger = data.draw(st.sampled_from(["x", "lr", "theta"]))
     assert f"{key}.{stranger}" not in all_keys()
     assert "unknown key" in refusal(f"{key}.{stranger}=1", files=[])
+
+
+def test_entries_of_a_mapping_are_set_one_by_one_or_whole():
+    files = ["quickstart"]
+    one = load(files, ["curriculum.weights.256=1", "curriculum.weights.8k=4"])
+    assert one.config.curriculum.weights == {"256": 1.0, "8k": 4.0}
+    assert one.sources["curriculum.weights"] == "command line"
+    whole = load(files, ["curriculum.weights={256: 1, 8k: 4}"])
+    assert whole.config == one.config
+
+
+def test_a_wrong_key_of_a_source_is_named():
+    message = refusal("data.sources=[{name: a, pth: b}]")
+    assert "data.sources[0]" in message or "pth" in message
 
 
 def test_saved_yaml_loads_to_the_same_values(tmp_path):
