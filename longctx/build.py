@@ -4,6 +4,7 @@
 the membership epoch, and `Run.close` drops the groups. Nothing below this file sees the whole config.
 """
 
+import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -145,6 +146,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
     opened = open_data(config.data)
     rows = vocabulary(config.model, opened.vocab_size)
     config = replace(config, model=replace(config.model, vocab_size=rows))
+    _make_deterministic(config.run.deterministic)
     _join(world)
     mesh = build_mesh(parallel_config(config), world.device.type)
     model = _model(config, mesh, world.device)
@@ -183,6 +185,13 @@ def vocabulary(config: ModelConfig, tokenizer_size: int) -> int:
 def compute_dtype(config: TrainConfig) -> torch.dtype:
     """Dtype of the gathered parameters and the activations."""
     return _DTYPES[config.dtype]
+
+
+def _make_deterministic(wanted: bool) -> None:
+    if wanted:
+        # cuBLAS reads this when it is first used; without it its results may differ between runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 def _join(world: World) -> None:

@@ -17,8 +17,7 @@ from .tensor.tokens import Exchange
 def recompute(blocks: Sequence[nn.Module], every: int) -> None:
     """Keep only the input of every n-th block and compute its inside again in backward.
 
-    Nothing in a block draws from torch's generators (`parallel.random` is a function of the token),
-    so there is no generator state to keep.
+    Nothing in a block draws from a random generator, so there is no generator state to keep.
 
     Args:
         blocks: in order.

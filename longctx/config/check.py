@@ -51,6 +51,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_attention(config, degrees)
     check_step_plan(config, degrees)
     check_tensor(config.model, degrees)
+    check_node(config, degrees, machine)
     check_fsdp(config, degrees)
     chosen = replace(config.parallel, dp_shard=degrees.dp_shard, ring=degrees.ring, ulysses=degrees.ulysses)
     return replace(config, parallel=chosen)
@@ -254,6 +255,22 @@ def check_tensor(model: ModelConfig, degrees: ParallelConfig) -> None:
             f"parallel.tp={tp} leaves {model.num_heads // tp} of model.num_heads={model.num_heads} to each "
             f"rank, fewer than parallel.ulysses={degrees.ulysses}; lower one of them, or use parallel.ring"
         )
+
+
+def check_node(config: Config, degrees: ParallelConfig, machine: Machine) -> None:
+    """Tensor parallelism stays inside a node: it communicates four times a layer and waits each time."""
+    tp, node = degrees.tp, machine.node_ranks
+    if tp == 1 or node % tp == 0:
+        return
+    rows = microbatch_tokens(config) / degrees.cp
+    item = 2 if config.train.dtype == "bfloat16" else 4
+    sent = 8 * rows * config.model.hidden_size * item * (tp - 1) / tp * config.model.num_layers
+    valid = ", ".join(str(d) for d in range(1, node + 1) if node % d == 0)
+    raise ConfigError(
+        f"parallel.tp={tp} does not divide the {node} ranks of a node, so it would send about "
+        f"{format_bytes(sent)} a rank and microbatch over the network, none of it hidden; choose one of "
+        f"{valid}, and use parallel.ring or parallel.dp_shard across nodes"
+    )
 
 
 def check_fsdp(config: Config, degrees: ParallelConfig) -> None:

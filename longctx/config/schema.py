@@ -44,6 +44,8 @@ class RunConfig:
     """`cpu`, `cuda`, or `auto`: cuda where a GPU is visible."""
     device_memory: int | Auto = field(default="auto", metadata=BYTES)
     """Memory of one GPU in bytes for the estimate; `auto`: asked of the driver, else 80GiB; 0: no limit."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run; an operation without one is an error."""
     resume: bool = False
     """Continue the run that the folder already holds."""
     port: int = 0

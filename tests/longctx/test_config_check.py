@@ -251,3 +251,12 @@ def test_the_schema_and_the_attention_registry_know_the_same_strategies():
     for name, strategy in STRATEGIES.items():
         served = {axis for axis in ("ring", "ulysses") if getattr(strategy, axis)}
         assert served == {"ring", "ulysses"} - set(ONE_RANK_AXES.get(name, ()))
+
+
+def test_tensor_parallelism_across_nodes_is_refused_with_its_cost():
+    config = with_overrides("parallel.tp=8", "model.num_heads=8")
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, 8, "cpu", node_ranks=4)
+    assert "does not divide the 4 ranks of a node" in str(caught.value)
+    assert "MiB a rank and microbatch" in str(caught.value)
+    assert "choose one of 1, 2, 4" in str(caught.value)

@@ -1,0 +1,31 @@
+"""Named errors for the collectives that torch makes by itself (FSDP's)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from .comm import Group
+from .errors import PeerLost
+
+_LOST = ("connection closed", "connection reset", "timed out waiting", "broken pipe", "connection refused")
+"""How gloo words the end of a peer; it has no error class of its own."""
+
+
+@contextmanager
+def naming(doing: str, group: Group) -> Iterator[None]:
+    """Give torch's own collectives (FSDP's) the named error that our own have.
+
+    Raises:
+        PeerLost: a collective inside did not finish: a rank died, or was silent for the timeout.
+    """
+    try:
+        yield
+    except PeerLost:
+        raise
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not isinstance(error, dist.DistError) and not any(word in text for word in _LOST):
+            raise
+        detail = f"{doing} among ranks {list(group.ranks)} failed ({str(error).strip().splitlines()[0]})"
+        raise PeerLost(axis=group.axis, rank=None, step=None, detail=detail) from error
