@@ -7,7 +7,7 @@ import torch
 
 from parallel import comm, fsdp, grads
 from parallel.layout import SequenceLayout
-from parallel.naming import naming
+from parallel.lost import lost_ranks_named
 
 from ..build import Run
 from ..data.batch import LocalBatch, PackedBatch
@@ -39,7 +39,7 @@ def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepRes
         TrainingDiverged: loss or gradient norm is not finite; parameters are not updated.
     """
     tally = tally_of(run)
-    with naming(f"step {run.progress.step + 1}", run.mesh.group("fsdp")):
+    with lost_ranks_named(f"step {run.progress.step + 1}", run.mesh.group("fsdp")):
         total = backward(run, run.loader.step(run.progress.step), extra=(float(stop),), tally=tally)
         norm = grads.clip_(run.model.parameters(), run.config.train.max_grad_norm, mesh=run.mesh)
         loss, tokens, stops, *sums = total.tolist()

@@ -13,7 +13,7 @@ _LOST = ("connection closed", "connection reset", "timed out waiting", "broken p
 
 
 @contextmanager
-def naming(doing: str, group: Group) -> Iterator[None]:
+def lost_ranks_named(doing: str, group: Group) -> Iterator[None]:
     """Give torch's own collectives (FSDP's) the named error that our own have.
 
     Raises:
