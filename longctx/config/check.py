@@ -171,6 +171,11 @@ def check_model(model: ModelConfig) -> None:
 
 def check_positions(model: ModelConfig) -> None:
     """The rotary method, and the layers that go without."""
+    if model.rope.mixed_window:
+        raise ConfigError(
+            "model.rope.mixed_window=true: training gives every token the same frequencies, so the extension "
+            "would be ignored; set model.rope.mixed_window=false"
+        )
     check_rope(model.rope)
     beyond = [layer for layer in model.rope.none_layers if layer >= model.num_layers]
     if beyond:

@@ -260,3 +260,10 @@ def test_tensor_parallelism_across_nodes_is_refused_with_its_cost():
     assert "does not divide the 4 ranks of a node" in str(caught.value)
     assert "MiB a rank and microbatch" in str(caught.value)
     assert "choose one of 1, 2, 4" in str(caught.value)
+
+
+def test_frequencies_that_training_would_ignore_are_refused():
+    extended = ["model.rope.type=linear", "model.rope.factor=2", "model.rope.original_len=4096"]
+    resolve(load(["quickstart"], extended).config, 1, "cpu")
+    with pytest.raises(ConfigError, match=r"model\.rope\.mixed_window=false"):
+        resolve(load(["quickstart"], [*extended, "model.rope.mixed_window=true"]).config, 1, "cpu")
