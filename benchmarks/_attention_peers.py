@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,16 +27,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS = ("ulysses", "ring", "allgather")
 NOTES = {
     "yunchang_ulysses": "local attention replaced by SDPA per document; as shipped it calls a CUDA operator",
-    "yunchang_ring": "contiguous; forward and backward operators replaced by the CPU flash operator, and its "
-    "backward returns one gradient more; packs: one call per document",
-    "yunchang_zigzag": "its zigzag ring with the same operators; packs: one call per document; its float32 gradients "
-    "are wrong, since .to(float32) of a float32 buffer is the buffer that it overwrites: left out of the comparison",
-    "deepspeed_ulysses": "DistributedAttention 0.19.8, its file loaded alone (the package's import needs more "
-    "packages); local attention is SDPA per document",
+    "yunchang_ring": "contiguous; its operators replaced by the CPU flash operator, and its backward returns "
+    "one gradient more; packs: one call per document",
+    "yunchang_zigzag": "its zigzag ring with the same operators; packs: one call per document; its float32 "
+    "gradients are wrong (.to(float32) of a float32 buffer is that buffer, overwritten later): not compared",
+    "deepspeed_ulysses": "DistributedAttention 0.19.8, its file loaded alone (the package's import needs "
+    "more packages); local attention is SDPA per document",
     "sdpa": "one process, two threads, one call per document",
 }
 CANNOT = {
-    "torch_context_parallel": "does not run on CPU: _scaled_dot_product_flash_attention_for_cpu has no sharding rule",
+    "torch_context_parallel": "does not run on CPU: the flash operator for CPU has no sharding rule",
     "ring_flash_attn": "does not import without flash-attn, which has no CPU build",
 }
 
@@ -46,7 +47,7 @@ def sdpa(offsets: Sequence[int]) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
         outs = []
-        for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+        for a, b in pairwise(offsets):
             views = [x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
             out = F.scaled_dot_product_attention(*views, is_causal=True, enable_gqa=grouped)
             outs.append(out[0].transpose(0, 1))
@@ -79,7 +80,7 @@ def document_share(offsets: Sequence[int], *, zigzag: bool) -> Tensor:
     """This rank's half of every document, or its head and tail chunk."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parts = []
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+    for a, b in pairwise(offsets):
         if zigzag:
             chunks = torch.arange(a, b).chunk(2 * size)
             parts += [chunks[rank], chunks[2 * size - 1 - rank]]
@@ -89,7 +90,7 @@ def document_share(offsets: Sequence[int], *, zigzag: bool) -> Tensor:
 
 
 def yunchang_ulysses(offsets: Sequence[int]) -> Attend:
-    """yunchang's UlyssesAttention with SDPA inside."""
+    """Yunchang's UlyssesAttention with SDPA inside."""
     from yunchang.ulysses.attn_layer import AttnType, UlyssesAttention
 
     layer = UlyssesAttention(dist.group.WORLD, attn_type=AttnType.TORCH_FLASH)
@@ -161,7 +162,7 @@ def _cpu_backward(tensors: Sequence[Tensor], lse: Tensor, scale: float, causal: 
 
 
 def yunchang_ring(offsets: Sequence[int]) -> Attend:
-    """yunchang's "basic_pytorch" ring: contiguous halves of each document."""
+    """Yunchang's "basic_pytorch" ring: contiguous halves of each document."""
     from yunchang.ring import ring_pytorch_attn as ring
 
     def backward(*tensors: Tensor, softmax_lse: Tensor, softmax_scale: float, causal: bool) -> list[Tensor]:
@@ -180,7 +181,7 @@ def yunchang_ring(offsets: Sequence[int]) -> Attend:
 
 
 def yunchang_zigzag(offsets: Sequence[int]) -> Attend:
-    """yunchang's zigzag ring: a head and a tail chunk of each document."""
+    """Yunchang's zigzag ring: a head and a tail chunk of each document."""
     from yunchang.ring import zigzag_ring_flash_attn as ring
 
     def backward(*args: Any, rng_state: None = None) -> None:
@@ -195,7 +196,7 @@ def yunchang_zigzag(offsets: Sequence[int]) -> Attend:
 
 def _per_document(offsets: Sequence[int], call: Attend) -> Attend:
     size = dist.get_world_size()
-    lengths = [(b - a) // size for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    lengths = [(b - a) // size for a, b in pairwise(offsets)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
