@@ -4,6 +4,9 @@ The op takes [1, H, rows, D] views, shares key heads among query heads by itself
 causal mask top-left, so it is only asked for causal squares. A row that its additive mask hides
 entirely gets lse 0, not -inf: tiles have no such row. It has no variable-length form; each tile
 is one call.
+
+Its causal form computes every block of 512 keys whole, so a square of up to 512 rows costs as much
+as one without a mask. Short squares are therefore cut into rows that end at their last visible key.
 """
 
 import torch
@@ -13,26 +16,51 @@ from .tiles import Tile, TileBatch, row_blocks
 
 Tensor = torch.Tensor
 
-_BAND_ROWS = 256  # rows per masked call: the mask is [rows, window + rows]
+_BAND_ROWS = 256  # rows per masked call of a band: the mask is [rows, window + rows]
+_CAUSAL_ROWS = 64  # rows per masked call of a short causal square
+_CAUSAL_WHOLE = 1024  # rows from which hidden keys cost less than further calls
+
+
+def _calls(batch: TileBatch, tile: Tile) -> list[Tile]:
+    """The tile as what single calls compute."""
+    if batch.form == "band":
+        return row_blocks(tile, _BAND_ROWS)
+    if batch.form == "causal" and tile.rows <= _CAUSAL_WHOLE:
+        return row_blocks(tile, _CAUSAL_ROWS)
+    return [tile]
 
 
 def _mask(batch: TileBatch, tile: Tile, like: Tensor) -> Tensor | None:
     if tile.low is None and tile.high is None:
         return None
+    if batch.form == "causal":
+        return _lower_triangle(batch, tile, like)
     key = (tile.rows, tile.columns, tile.low, tile.high, like.dtype, like.device)
     if key not in batch.cache:
-        hidden = unseen(tile, like.device)
-        assert hidden is not None
-        mask = torch.zeros(hidden.shape, dtype=like.dtype)
-        batch.cache[key] = mask.masked_fill_(hidden, -torch.inf)
+        batch.cache[key] = _additive(tile, like)
     found: Tensor = batch.cache[key]
     return found
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, batch: TileBatch, scale: float) -> tuple[Tensor, Tensor]:
-    causal = batch.form == "causal"
+def _lower_triangle(batch: TileBatch, block: Tile, like: Tensor) -> Tensor:
+    """The mask of a causal square's rows: a window of one mask that serves squares of every size."""
+    if like.dtype not in batch.cache:
+        widest = Tile(0, _CAUSAL_ROWS, 0, _CAUSAL_WHOLE + _CAUSAL_ROWS, -_CAUSAL_WHOLE)
+        batch.cache[like.dtype] = _additive(widest, like)
+    assert block.low is not None
+    first = _CAUSAL_WHOLE + block.low
+    found: Tensor = batch.cache[like.dtype]
+    return found[: block.rows, first : first + block.columns]
 
-    def one(tile: Tile) -> tuple[Tensor, Tensor]:
+
+def _additive(tile: Tile, like: Tensor) -> Tensor:
+    hidden = unseen(tile, like.device)
+    assert hidden is not None
+    return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, batch: TileBatch, scale: float) -> tuple[Tensor, Tensor]:
+    def one(tile: Tile, *, causal: bool) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             heads_first(q, tile.q, tile.rows),
             heads_first(k, tile.k, tile.columns),
@@ -44,19 +72,21 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, batch: TileBatch, scale: fl
         )
         return out[0].transpose(0, 1), lse[0]
 
-    if batch.form != "band":
-        out, lse = per_tile(batch, one, (0, 1))
-        return out, lse
-    parts = [one(block) for tile in batch.tiles for block in row_blocks(tile, _BAND_ROWS)]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+    def whole(tile: Tile) -> tuple[Tensor, Tensor]:
+        calls = _calls(batch, tile)
+        if calls == [tile]:
+            return one(tile, causal=batch.form == "causal")
+        parts = [one(block, causal=False) for block in calls]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    out, lse = per_tile(batch, whole, (0, 1))
+    return out, lse
 
 
 def _cpu_backward(  # noqa: PLR0913 -- see Backward
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, batch: TileBatch, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    causal = batch.form == "causal"
-
-    def one(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    def one(tile: Tile, *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             heads_first(dout, tile.q, tile.rows),
             heads_first(q, tile.q, tile.rows),
@@ -72,18 +102,21 @@ def _cpu_backward(  # noqa: PLR0913 -- see Backward
         dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
         return dq, dk, dv
 
-    def blocked(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    def whole(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        calls = _calls(batch, tile)
+        if calls == [tile]:
+            return one(tile, causal=batch.form == "causal")
         parts = []
         dk, dv = (torch.zeros(tile.columns, *x.shape[1:], dtype=lse.dtype) for x in (k, v))
-        for block in row_blocks(tile, _BAND_ROWS):
-            dq, dk_block, dv_block = one(block)
+        for block in calls:
+            dq, dk_block, dv_block = one(block, causal=False)
             parts.append(dq)
             columns = slice(block.k - tile.k, block.k - tile.k + block.columns)
             dk[columns] += dk_block
             dv[columns] += dv_block
         return torch.cat(parts), dk, dv
 
-    dq, dk, dv = per_tile(batch, blocked if batch.form == "band" else one, (0, 0, 0))
+    dq, dk, dv = per_tile(batch, whole, (0, 0, 0))
     return dq, dk, dv
 
 
