@@ -6,7 +6,8 @@ entirely gets lse 0, not -inf: tiles have no such row. It has no variable-length
 is one call.
 
 Its causal form computes every block of 512 keys whole, so a square of up to 512 rows costs as much
-as one without a mask. Short squares are therefore cut into rows that end at their last visible key.
+as one without a mask. Short squares are therefore cut: forward into rows that end at their last
+visible key, backward into columns of keys, each a small causal square above a full rectangle.
 """
 
 import torch
@@ -17,17 +18,33 @@ from .tiles import Tile, TileBatch, row_blocks
 Tensor = torch.Tensor
 
 _BAND_ROWS = 256  # rows per masked call of a band: the mask is [rows, window + rows]
-_CAUSAL_ROWS = 64  # rows per masked call of a short causal square
-_CAUSAL_WHOLE = 1024  # rows from which hidden keys cost less than further calls
+_CAUSAL_ROWS = 128  # rows, or columns, per call of a short causal square
+_ROWS_UP_TO = 1024  # rows of a causal square from which cutting it costs more than hidden keys: forward,
+_COLUMNS_UP_TO = 2048  # and backward
 
 
-def _calls(batch: TileBatch, tile: Tile) -> list[Tile]:
-    """The tile as what single calls compute."""
+def _row_calls(batch: TileBatch, tile: Tile) -> list[Tile]:
+    """The tile as rows that single calls compute."""
     if batch.form == "band":
         return row_blocks(tile, _BAND_ROWS)
-    if batch.form == "causal" and tile.rows <= _CAUSAL_WHOLE:
+    if batch.form == "causal" and tile.rows <= _ROWS_UP_TO:
         return row_blocks(tile, _CAUSAL_ROWS)
     return [tile]
+
+
+def _column_calls(batch: TileBatch, tile: Tile) -> list[Tile]:
+    """The tile as squares and rectangles that single calls compute without a mask of their own."""
+    if batch.form == "band":
+        return row_blocks(tile, _BAND_ROWS)
+    if batch.form != "causal" or tile.rows > _COLUMNS_UP_TO:
+        return [tile]
+    calls = []
+    for first in range(0, tile.rows, _CAUSAL_ROWS):
+        size, below = min(_CAUSAL_ROWS, tile.rows - first), max(tile.rows - first - _CAUSAL_ROWS, 0)
+        calls.append(Tile(tile.q + first, size, tile.k + first, size, 0))
+        if below:
+            calls.append(Tile(tile.q + first + size, below, tile.k + first, size))
+    return calls
 
 
 def _mask(batch: TileBatch, tile: Tile, like: Tensor) -> Tensor | None:
@@ -45,10 +62,10 @@ def _mask(batch: TileBatch, tile: Tile, like: Tensor) -> Tensor | None:
 def _lower_triangle(batch: TileBatch, block: Tile, like: Tensor) -> Tensor:
     """The mask of a causal square's rows: a window of one mask that serves squares of every size."""
     if like.dtype not in batch.cache:
-        widest = Tile(0, _CAUSAL_ROWS, 0, _CAUSAL_WHOLE + _CAUSAL_ROWS, -_CAUSAL_WHOLE)
+        widest = Tile(0, _CAUSAL_ROWS, 0, _ROWS_UP_TO + _CAUSAL_ROWS, -_ROWS_UP_TO)
         batch.cache[like.dtype] = _additive(widest, like)
     assert block.low is not None
-    first = _CAUSAL_WHOLE + block.low
+    first = _ROWS_UP_TO + block.low
     found: Tensor = batch.cache[like.dtype]
     return found[: block.rows, first : first + block.columns]
 
@@ -73,7 +90,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, batch: TileBatch, scale: fl
         return out[0].transpose(0, 1), lse[0]
 
     def whole(tile: Tile) -> tuple[Tensor, Tensor]:
-        calls = _calls(batch, tile)
+        calls = _row_calls(batch, tile)
         if calls == [tile]:
             return one(tile, causal=batch.form == "causal")
         parts = [one(block, causal=False) for block in calls]
@@ -103,18 +120,18 @@ def _cpu_backward(  # noqa: PLR0913 -- see Backward
         return dq, dk, dv
 
     def whole(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        calls = _calls(batch, tile)
+        calls = _column_calls(batch, tile)
         if calls == [tile]:
             return one(tile, causal=batch.form == "causal")
-        parts = []
+        dq = torch.zeros(tile.rows, *q.shape[1:], dtype=lse.dtype)
         dk, dv = (torch.zeros(tile.columns, *x.shape[1:], dtype=lse.dtype) for x in (k, v))
-        for block in calls:
-            dq, dk_block, dv_block = one(block, causal=False)
-            parts.append(dq)
-            columns = slice(block.k - tile.k, block.k - tile.k + block.columns)
-            dk[columns] += dk_block
-            dv[columns] += dv_block
-        return torch.cat(parts), dk, dv
+        for call in calls:
+            grads = one(call, causal=batch.form == "causal" and call.low is not None)
+            rows, columns = call.q - tile.q, call.k - tile.k
+            dq[rows : rows + call.rows] += grads[0]
+            dk[columns : columns + call.columns] += grads[1]
+            dv[columns : columns + call.columns] += grads[2]
+        return dq, dk, dv
 
     dq, dk, dv = per_tile(batch, whole, (0, 0, 0))
     return dq, dk, dv

@@ -47,6 +47,19 @@ def test_kernels_equal_the_definition(kernel, head_dim, heads):
     assert max(dense.error(a.detach(), b.detach()) for a, b in pairs) < 1e-12
 
 
+@pytest.mark.parametrize("rows", [128, 129, 1024, 1025, 2048, 2049])
+def test_causal_squares_around_the_sizes_at_which_they_are_cut(rows):
+    tensors = dense.inputs(rows, 2, 1, 4, torch.float64)
+    found = []
+    for kernel in CPU_KERNELS:
+        local = [x.clone().requires_grad_() for x in tensors[:3]]
+        out, lse, _ = attend(kernel, local, [0, rows])
+        out.backward(tensors[3])
+        found.append([out.detach(), lse, *(x.grad for x in local)])
+    assert len(found) > 1
+    assert all(dense.error(a, b) < 1e-12 for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda k: k.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lse_is_at_least_float32_and_carries_no_gradient(kernel, dtype):
