@@ -9,6 +9,7 @@ from parallel.config import ParallelConfig
 from ..errors import ConfigError
 from .curriculum import check_curriculum, check_step_plan, resolve_step_plan
 from .degrees import Machine, choose, fits, memory, memory_limit
+from .eval import check_eval
 from .keys import value_of
 from .memory import FILL
 from .rope import check_rope, with_head_dim
@@ -46,6 +47,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_positions(config.model)
     check_tokens(config)
     check_curriculum(config)
+    check_eval(config)
     machine = Machine(world_size=world_size, device_type=device_type, node_ranks=min(node_ranks, world_size))
     degrees = choose_or_check(config, machine)
     check_attention(config, degrees)
@@ -171,11 +173,6 @@ def check_model(model: ModelConfig) -> None:
 
 def check_positions(model: ModelConfig) -> None:
     """The rotary method, and the layers that go without."""
-    if model.rope.mixed_window:
-        raise ConfigError(
-            "model.rope.mixed_window=true: training gives every token the same frequencies, so the extension "
-            "would be ignored; set model.rope.mixed_window=false"
-        )
     check_rope(model.rope)
     beyond = [layer for layer in model.rope.none_layers if layer >= model.num_layers]
     if beyond:

@@ -94,6 +94,8 @@ def typed(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
 
 
 def _with_unit(key: Key, raw: Any, source: str) -> Any:
+    if isinstance(raw, list) and key.unit is not None:
+        return [_with_unit(key, each, source) for each in raw]
     if isinstance(raw, dict | list):
         return _text_keys(raw)
     if key.unit is None or not isinstance(raw, str) or raw == "auto" or "${" in raw:

@@ -8,6 +8,8 @@ Lengths are in tokens and sizes in bytes; in files and on the command line both 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .eval_schema import EvalConfig as EvalConfig
+from .eval_schema import RemapConfig as RemapConfig
 from .marks import BYTES as BYTES
 from .marks import TOKENS as TOKENS
 from .rope_schema import RopeConfig as RopeConfig
@@ -298,5 +300,7 @@ class Config:
     """Optimization."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    eval: EvalConfig = EvalConfig()  # noqa: RUF009 -- frozen
+    """Evaluation by position."""
     metrics: MetricsConfig = MetricsConfig()
     """What is written about the run."""

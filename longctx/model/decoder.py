@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from parallel.layout import SequenceLayout
 
 from ..config.schema import ModelConfig
+from ..rope.remap import Remapped
 from ..rope.spec import with_head_dim
 from ..rope.tables import Attend, Frequencies, NoPositions, Positions
 from .attention import Attention
@@ -43,7 +44,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         rope = with_head_dim(config.rope, config.head_dim)
-        self.frequencies = Frequencies.of(rope)
+        self.frequencies: Frequencies | Remapped = Frequencies.of(rope)
         self.embedding = TokenEmbedding(vocab_rows(config), config.hidden_size)
         self.layers = nn.ModuleDict({str(n): Block(config, attend) for n in range(config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

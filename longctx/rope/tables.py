@@ -38,8 +38,9 @@ class RopeTable:
     destroys the positions.
 
     Attributes:
-        cos: [t, 1, P], at least float32, times the method's attention factor.
-        sin: [t, 1, P], like `cos`.
+        cos: [t, 1, P], at least float32, times the method's attention factor; a position remap may
+            have one row for each head.
+        sin: like `cos`.
     """
 
     __slots__ = ("cos", "sin")
@@ -76,7 +77,7 @@ class Frequencies:
     by_length: tuple[RopeConfig, ...] = ()
     """The n methods, if one of them depends on the document's length."""
     original_len: int | None = None
-    """Mixed windows: longer documents take set 1 where no `rope_id` says otherwise."""
+    """Mixed windows: longer documents take set 1, whatever their `rope_id`."""
 
     @classmethod
     def of(cls, config: RopeConfig) -> "Frequencies":
@@ -105,13 +106,13 @@ class Frequencies:
         """Cosines and sines at `position_ids`.
 
         Args:
-            position_ids: [t] int64 or int32, restarting per document; or [t, P], one position for
-                each pair.
-            rope_id: [t] int64, the frequency set of each token; None: by the document's length with
-                mixed windows, else the first. Ignored while there is only one.
+            position_ids: [t] int64 or int32, restarting per document; or [t, h, P], for each
+                pair of each of h heads (h may be 1).
+            rope_id: [t] int64, the frequency set of each token; None: the first. Ignored while there
+                is only one. With mixed windows, tokens of long documents take the second anyway.
             dtype: the activations' dtype; the table has it, or float32 if that is wider.
-            layout: tells methods that depend on it each document's length; None: no document is
-                longer than the original length.
+            layout: tells each document's length where the frequencies depend on it; None: no
+                document is longer than the original length.
 
         Returns:
             The table on the device of `position_ids`.
@@ -123,16 +124,16 @@ class Frequencies:
             raise TypeError(f"position_ids are {position_ids.dtype}; pass int64, which holds every position")
         rows, index = self._rows(rope_id, layout)
         device = position_ids.device
-        inv_freq, factor = rows.inv_freq.to(device), rows.attention_factor.to(device)[:, None]
+        inv_freq, factor = rows.inv_freq.to(device)[:, None], rows.attention_factor.to(device)[:, None, None]
         if index is not None:
             index = index.to(device)
-            inv_freq, factor = inv_freq[index], factor[index]  # [t, P], [t, 1]
+            inv_freq, factor = inv_freq[index], factor[index]  # [t, 1, P], [t, 1, 1]
         else:
             inv_freq, factor = inv_freq[:1], factor[:1]
-        positions = position_ids if position_ids.ndim == 2 else position_ids[:, None]
-        angles = positions.to(torch.float64) * inv_freq  # [t, P]
+        positions = position_ids if position_ids.ndim == 3 else position_ids[:, None, None]
+        angles = positions.to(torch.float64) * inv_freq  # [t, 1, P]
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = ((f(angles) * factor).to(wide)[:, None, :] for f in (torch.cos, torch.sin))
+        cos, sin = ((f(angles) * factor).to(wide) for f in (torch.cos, torch.sin))
         return RopeTable(cos, sin)
 
     def _rows(
@@ -143,8 +144,9 @@ class Frequencies:
             return _rows_by_length(self.by_length, token_lengths(layout), rope_id) or (self, None)
         if len(self.inv_freq) == 1:
             return self, None
-        if rope_id is None and layout is not None and self.original_len is not None:
-            rope_id = (token_lengths(layout) > self.original_len).to(torch.int64)
+        if layout is not None and self.original_len is not None:
+            long = (token_lengths(layout) > self.original_len).to(torch.int64)
+            rope_id = long if rope_id is None else torch.maximum(rope_id, long.to(rope_id.device))
         return self, rope_id
 
 

@@ -262,8 +262,23 @@ def test_tensor_parallelism_across_nodes_is_refused_with_its_cost():
     assert "choose one of 1, 2, 4" in str(caught.value)
 
 
-def test_frequencies_that_training_would_ignore_are_refused():
+def test_mixed_windows_train():
     extended = ["model.rope.type=linear", "model.rope.factor=2", "model.rope.original_len=4096"]
-    resolve(load(["quickstart"], extended).config, 1, "cpu")
-    with pytest.raises(ConfigError, match=r"model\.rope\.mixed_window=false"):
-        resolve(load(["quickstart"], [*extended, "model.rope.mixed_window=true"]).config, 1, "cpu")
+    found = resolve(load(["quickstart"], [*extended, "model.rope.mixed_window=true"]).config, 1, "cpu")
+    assert found.model.rope.mixed_window
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("eval.tasks=[niah_singel]", "did you mean 'niah_single'"),
+        ("eval.lengths=[1]", "at least 2 tokens"),
+        ("eval.depths=0", "at least 1"),
+        ("eval.remap.type=dpe", "longctx.rope.remap.search_scales"),
+        ("eval.remap.type=string eval.remap.window=100k", "beyond the training length"),
+        ("eval.remap.type=string eval.remap.local=5k", "below eval.remap.window=4096"),
+    ],
+)
+def test_evaluation_keys_are_checked(keys, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(load(["quickstart"], keys.split(" ")).config, 1, "cpu")
