@@ -1,6 +1,7 @@
 """Cross-field checks, and the replacement of `auto`, for a given world. Pure, without torch."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from math import gcd
 from typing import Literal, cast
 
@@ -118,7 +119,8 @@ _LOWEST = {
     "train.global_batch_tokens": 1,
     "data.seq_len": 1,
     "data.min_len": 1,
-    "checkpoint.keep": 1,
+    "checkpoint.keep": 0,
+    "checkpoint.milestone_every": 0,
     "metrics.log_every": 1,
     "run.processes": 0,
     "run.port": 0,
@@ -146,6 +148,11 @@ def check_values(config: Config) -> None:
     for name in _UP_TO_ONE:
         if not 0 <= value_of(config, name) <= 1:
             raise ConfigError(f"{name}={value_of(config, name)}; choose a fraction from 0 to 1")
+    if config.checkpoint.codec == "zstd" and find_spec("zstandard") is None:
+        raise ConfigError(
+            "checkpoint.codec=zstd needs the package zstandard; install longctx-runtime[zstd], or set "
+            "checkpoint.codec=none"
+        )
     if config.run.port > 65535:
         raise ConfigError(f"run.port={config.run.port}; choose 0 (any free port) or 1024 to 65535")
 

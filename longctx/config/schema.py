@@ -263,7 +263,17 @@ class CheckpointConfig:
     every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Latest checkpoints that stay on disk."""
+    """Latest checkpoints that stay on disk; 0: all."""
+    milestone_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0: none do."""
+    dir: str = "auto"
+    """Folder of the checkpoints, or an fsspec URL such as `s3://bucket/run`; `auto`: `ckpt` in `run.dir`."""
+    background: bool = True
+    """Train on while a copy of the state in host memory is written; false: wait until it is on disk."""
+    codec: Literal["none", "zstd"] = "none"
+    """zstd: smaller files without loss, exponents and mantissas packed apart; slower to write and read."""
+    init_from: str = ""
+    """Weights to begin with: a folder of `longctx import`, a Hugging Face folder, or a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

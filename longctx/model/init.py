@@ -8,31 +8,17 @@ process, any FSDP size and any tensor-parallel split start from the same bits.
 import hashlib
 import math
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config.schema import ModelConfig
+from ..tensors.shard import Shard, shard_of
 
 BLOCK_ELEMENTS = 1 << 20
 """Numbers per generator; changing it changes every model's initial parameters."""
 RESIDUAL_OUTPUTS = ("attention.wo.weight", "ffn.down.weight")
 """Projections that add to the residual stream."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shard:
-    """The part of a parameter that this rank holds."""
-
-    local: Tensor
-    """Its storage."""
-    shape: tuple[int, ...]
-    """Shape of the whole parameter."""
-    offset: tuple[int, ...]
-    """Index of the shard's first element in the whole."""
 
 
 @torch.no_grad()
@@ -56,7 +42,7 @@ def init_parameters_(model: nn.Module, seed: int, config: ModelConfig) -> None:
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, parameter in model.named_parameters():
-            shard = _shard(parameter)
+            shard = shard_of(parameter)
             if name.endswith("norm.weight"):
                 shard.local.fill_(1.0)
             elif name.endswith(".bias"):
@@ -68,15 +54,7 @@ def init_parameters_(model: nn.Module, seed: int, config: ModelConfig) -> None:
                 raise ValueError(f"no rule to initialise {name} of shape {tuple(parameter.shape)}; add one")
 
 
-def _shard(parameter: Tensor) -> _Shard:
-    if not isinstance(parameter, DTensor):
-        return _Shard(local=parameter, shape=tuple(parameter.shape), offset=(0,) * parameter.ndim)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    return _Shard(local=parameter.to_local(), shape=tuple(parameter.shape), offset=tuple(offset))
-
-
-def _fill_normal(shard: _Shard, stream: str, std: float, *, pool: Executor) -> None:
+def _fill_normal(shard: Shard, stream: str, std: float, *, pool: Executor) -> None:
     if shard.local.numel() == 0:
         return
     (num_rows, width), (first, left) = shard.shape, shard.offset

@@ -64,18 +64,28 @@ def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     Raises:
         ConfigError: a parameter is missing, unknown or of another shape, named with its expectation.
     """
-    kept = {name: tensor for name, tensor in state.items() if not _DERIVED.search(name)}
+    names = our_names({name: tuple(tensor.shape) for name, tensor in state.items()}, config)
+    return {ours: state[theirs] for theirs, ours in names.items()}
+
+
+def our_names(found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, str]:
+    """Their names of a model's parameters -> ours, once all of them are there with the right shape.
+
+    Raises:
+        ConfigError: as `from_hf_state`.
+    """
+    kept = {name: shape for name, shape in found.items() if not _DERIVED.search(name)}
     if config.tied_embeddings:
         kept.pop(OUTER[HEAD], None)
     shapes = {to_hf(name): shape for name, shape in parameter_shapes(config).items()}
     _check_names(kept, shapes)
     for name, shape in shapes.items():
-        if tuple(kept[name].shape) != shape:
+        if kept[name] != shape:
             raise ConfigError(
-                f"{name} has shape {tuple(kept[name].shape)} but the model section asks for {shape}; "
+                f"{name} has shape {kept[name]} but the model section asks for {shape}; "
                 "set the model section to the checkpoint's config"
             )
-    return {from_hf(name): tensor for name, tensor in kept.items()}
+    return {name: from_hf(name) for name in kept}
 
 
 def to_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

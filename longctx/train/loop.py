@@ -33,8 +33,9 @@ class Session:
     stop: StopRequest
     sinks: list[Sink]
     peak: float | None
+    saver: checkpoint.Saver
     last: Row = field(default_factory=dict)
-    saved: Path | None = None
+    saved: Path | str | None = None
 
 
 def train(config: Config, world: World) -> int:
@@ -75,14 +76,20 @@ def train(config: Config, world: World) -> int:
 
 def _open(run: Run, folder: RunFolder, stop: StopRequest) -> Session:
     """Resume if asked to, open the sinks, say what is about to happen."""
-    found = checkpoint.latest_good(checkpoint.checkpoints_folder(run)) if run.config.run.resume else None
-    if found is not None:
-        checkpoint.load(found, run)
+    found = checkpoint.resume(run, checkpoint.checkpoints_folder(run)) if run.config.run.resume else None
     peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
     if run.world.rank == 0:
         print(opening(run, found, throughput.estimate_seconds(run, peak)), flush=True)
     folder.event("start", step=run.progress.step, resumed_from=found and str(found))
-    return Session(run=run, folder=folder, stop=stop, sinks=_sinks(run), peak=peak, saved=found)
+    return Session(
+        run=run,
+        folder=folder,
+        stop=stop,
+        sinks=_sinks(run),
+        peak=peak,
+        saver=checkpoint.Saver(run),
+        saved=found,
+    )
 
 
 def _sinks(run: Run) -> list[Sink]:
@@ -115,11 +122,11 @@ def _steps(session: Session) -> int:
         if last or "held_out_loss" in row or done % config.metrics.log_every == 0:
             _write(session, row)
         if result.stops:
-            _save(session)
+            _save(session, last=True)
             session.folder.event("stop", step=done, signal=session.stop.name)
             return REQUEUE
         if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
-            _save(session)
+            _save(session, last=last)
     return DONE
 
 
@@ -135,6 +142,7 @@ def _one_step(session: Session) -> StepResult:
         return train_step(run, learning_rate(step, run.config.train), stop=session.stop.asked)
     except TrainingDiverged as error:
         documents = ", ".join(run.loader.documents(step)[:8])
+        session.saver.wait()
         raise TrainingDiverged(
             f"step {step + 1}: {error}; parameters were not updated. Documents of the step: {documents}. "
             f"Last good checkpoint: {session.saved or 'none'}. Lower train.lr and resume"
@@ -185,20 +193,19 @@ def _write(session: Session, row: Row) -> None:
         sink.write(row)
 
 
-def _save(session: Session) -> None:
+def _save(session: Session, *, last: bool) -> None:
+    """Save; in the background while there are steps to come. `stall_s` is what training waited."""
     started = time.perf_counter()
-    session.saved = checkpoint.save(session.run)
-    session.folder.event(
-        "checkpoint",
-        step=session.run.progress.step,
-        path=str(session.saved),
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    background = session.run.config.checkpoint.background and not last
+    path = session.saver.save(background=background)
+    stall = round(time.perf_counter() - started, 4)
+    session.folder.event("checkpoint", step=session.run.progress.step, path=str(path), stall_s=stall)
+    session.saved = path
 
 
 def _leave(session: Session, code: int) -> None:
     """The last words of a run that ended well or was asked to stop."""
-    figures: dict[str, Any] = session.last | {"checkpoint": str(session.saved) if session.saved else None}
+    figures: dict[str, Any] = session.last | {"checkpoint": session.saved and str(session.saved)}
     session.folder.event("end", exit_code=code, step=session.run.progress.step)
     session.folder.finish(code, **figures)
     if session.run.world.rank == 0:

@@ -9,7 +9,7 @@ from ..config.schema import Config
 from ..model.params import num_parameters
 
 
-def opening(run: Run, resumed_from: Path | None, estimate_s: float | None) -> str:
+def opening(run: Run, resumed_from: Path | str | None, estimate_s: float | None) -> str:
     """A few lines: model, data, layout, and the predicted time."""
     config, degrees = run.config, run.config.parallel
     axes = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp", "ep")

@@ -13,7 +13,8 @@ from tiny import LAYOUTS, make_config, make_world, write_corpus
 
 from longctx import checkpoint
 from longctx.build import build
-from longctx.errors import CheckpointError
+from longctx.errors import CheckpointError, ConfigError
+from longctx.tensors import folder
 from longctx.train.loop import train
 from longctx.train.step import train_step
 
@@ -72,6 +73,40 @@ def test_resumed_with_another_world_size_or_layout_stays_within_tolerance(base, 
     assert losses(rows)[:3] == losses(uninterrupted)[:3]
 
 
+@pytest.mark.parametrize("damage", ["flip", "manifest"])
+def test_resume_without_a_good_checkpoint_is_an_error_and_changes_nothing(base, uninterrupted, damage):
+    name = f"all-damaged-{damage}"
+    shutil.copytree(base / "whole", base / name)
+    for each in (base / name / "ckpt").iterdir():
+        if damage == "manifest":
+            (each / "manifest.json").unlink()
+            continue
+        content = bytearray((each / "rank-0.safetensors").read_bytes())
+        content[-5] ^= 1
+        (each / "rank-0.safetensors").write_bytes(content)
+    before = (base / name / "metrics.jsonl").read_text()
+    size, degrees = LAYOUTS["ulysses2"]
+    (base / name / "rendezvous").unlink()
+    codes = run_ranks(train_rank, size, base, name, degrees, ("run.resume=true",), init=False)
+    assert codes == [1, 1]
+    assert (base / name / "metrics.jsonl").read_text() == before
+    error = json.loads((base / name / "summary.json").read_text())["error"]
+    assert "none of the 2 checkpoints" in error and "step-00000006" in error and "run.dir" in error
+
+
+def test_resume_passes_over_a_damaged_checkpoint(base, uninterrupted):
+    shutil.copytree(base / "whole", base / "newest-damaged")
+    file = base / "newest-damaged" / "ckpt" / "step-00000006" / "rank-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    (base / "newest-damaged" / "ckpt" / ".step-00000009.partial").mkdir()
+    rows = run_layout(base, "newest-damaged", "ulysses2", "train.steps=6", "run.resume=true")
+    assert losses(rows) == losses(uninterrupted)
+    events = (base / "newest-damaged" / "events.jsonl").read_text().splitlines()
+    starts = [event for event in map(json.loads, events) if event["kind"] == "start"]
+    assert starts[-1]["step"] == 3 and starts[-1]["resumed_from"].endswith("step-00000003")
+    assert not (base / "newest-damaged" / "ckpt" / ".step-00000009.partial").exists()
+
+
 def test_no_pickle_and_a_manifest_of_everything(base, uninterrupted):
     folder = checkpoint.latest_good(base / "whole" / "ckpt")
     names = {path.name for path in folder.iterdir()}
@@ -115,7 +150,7 @@ def load_other_model(rank: int, size: int, base) -> str:
     run = build(config, make_world(base / "other", rank, size))
     try:
         checkpoint.load(base / "whole" / "ckpt" / "step-00000006", run)
-    except CheckpointError as error:
+    except ConfigError as error:
         return str(error)
     finally:
         run.close()
@@ -140,7 +175,7 @@ def save_on_full_disk(rank: int, size: int, base) -> tuple[str, list[str]]:
         def full(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-        checkpoint.sync_file = full
+        folder.atomic_file = full
     try:
         checkpoint.save(run)
         message = ""
@@ -187,7 +222,7 @@ def test_a_write_cut_short_fails_every_rank_and_keeps_the_previous_checkpoint(ba
 def not_enough_space(rank: int, size: int, base) -> str:
     config = make_config(base, "space")
     run = build(config, make_world(base / "space", rank, size))
-    checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)
+    folder.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)
     try:
         checkpoint.save(run)
     except CheckpointError as error:
@@ -200,7 +235,7 @@ def not_enough_space(rank: int, size: int, base) -> str:
 def test_free_space_is_checked_before_writing(base):
     (base / "space").mkdir()
     message = run_ranks(not_enough_space, 1, base, init=False)[0]
-    assert "GiB free" in message and "run.dir" in message
+    assert "GiB free" in message and "checkpoint.dir" in message
 
 
 def save_and_prune(rank: int, size: int, base) -> list[str]:
