@@ -147,7 +147,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
     rows = vocabulary(config.model, opened.vocab_size)
     config = replace(config, model=replace(config.model, vocab_size=rows))
     _make_deterministic(config.run.deterministic)
-    _join(world)
+    join(world)
     mesh = build_mesh(parallel_config(config), world.device.type)
     model = _model(config, mesh, world.device)
     if shards is None:
@@ -194,7 +194,8 @@ def _make_deterministic(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
 
 
-def _join(world: World) -> None:
+def join(world: World) -> None:
+    """Make the default process group of a world."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     dist.init_process_group(

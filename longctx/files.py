@@ -32,6 +32,13 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(content)
+
+
 def publish(partial: Path, path: Path) -> None:
     """Rename a finished file or folder to its final name, durably."""
     os.replace(partial, path)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from parallel import comm
 
 from ..build import Run
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 
 
 @contextmanager
@@ -15,14 +15,17 @@ def together(run: Run, doing: str) -> Iterator[None]:
 
     Raises:
         CheckpointError: of the first rank that failed, and what it was doing.
+        ConfigError: where that is what it raised.
     """
-    failure = ""
+    failure, kind = "", ""
     try:
         yield
+    except ConfigError as error:
+        failure, kind = str(error), "config"
     except CheckpointError as error:
         failure = f"rank {run.world.rank}: {error}"
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         failure = f"rank {run.world.rank}, {doing}: {error}"
-    failures = [each for each in comm.gather_json(failure, group=run.mesh.group("world")) if each]
+    failures = [each for each in comm.gather_json([failure, kind], group=run.mesh.group("world")) if each[0]]
     if failures:
-        raise CheckpointError(failures[0])
+        raise ConfigError(failures[0][0]) if failures[0][1] else CheckpointError(failures[0][0])

@@ -13,10 +13,16 @@ VERBS: Mapping[str, str] = {
     "train": "train a model; starts local processes unless torchrun already has",
     "prepare": "turn documents into a tokenized store; prints the length histogram",
     "verify": "compare one batch in the chosen layout with one process",
+    "import": "make weights to train from: a Hugging Face or Megatron-core model",
+    "export": "write a run or checkpoint as a Hugging Face folder",
+    "sample": "continue a prompt with a run, a checkpoint or a Hugging Face model",
+    "ckpt": "ls, verify, prune or merge checkpoints",
     "config": "show every value with its source, or check a configuration for a world",
     "doctor": "check this machine: --selftest compares every layout with one process",
     "launch": "start a program on machines",
 }
+MODULES: Mapping[str, str] = {"import": "import_model"}
+"""Modules of verbs that Python reserves."""
 USAGE = "usage: longctx VERB [FILE ...] [key=value ...] [~key] [--json]"
 INTERRUPTED = 130
 
@@ -33,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
         close = get_close_matches(argv[0], VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
         return fail(f"unknown verb {argv[0]}; {hint}", BAD_INPUT)
-    verb: Callable[[Sequence[str]], int] = import_module(f".{argv[0]}", __package__).run
+    module = MODULES.get(argv[0], argv[0])
+    verb: Callable[[Sequence[str]], int] = import_module(f".{module}", __package__).run
     return guarded(verb, argv[1:])
 
 

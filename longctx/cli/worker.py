@@ -29,7 +29,7 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
     """
     rank = int(os.environ["RANK"])
     try:
-        code = body(_resolved(loaded), _world(loaded.config))
+        code = body(_resolved(loaded), torchrun_world(_device(loaded.config)))
     except (ConfigError, DataError) as problem:
         if write_status(status, BAD_INPUT, rank=rank, error=str(problem)):  # else a peer has said it
             print(f"error: {problem}", file=sys.stderr, flush=True)
@@ -54,14 +54,19 @@ def _resolved(loaded: LoadedConfig) -> Config:
 
 
 def _device(config: Config) -> str:
-    if config.run.device != "auto":
-        return config.run.device
+    return device_type(config.run.device)
+
+
+def device_type(wanted: str) -> str:
+    """`auto` as what this machine has."""
+    if wanted != "auto":
+        return wanted
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _world(config: Config) -> "World":
+def torchrun_world(device: str) -> "World":
     """This process among the others, from the variables that torchrun sets."""
     import torch
     from torch.distributed.rendezvous import rendezvous
@@ -70,5 +75,5 @@ def _world(config: Config) -> "World":
 
     store, rank, size = next(rendezvous("env://"))
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if _device(config) == "cuda" else torch.device("cpu")
-    return World(rank=rank, size=size, device=device, store=store)
+    own = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    return World(rank=rank, size=size, device=own, store=store)

@@ -16,6 +16,7 @@ from ..config.schema import Config
 from ..errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE
 from . import throughput
+from .begin import begin
 from .report import box, opening
 from .run_folder import METRICS, RunFolder
 from .schedule import learning_rate
@@ -77,6 +78,8 @@ def train(config: Config, world: World) -> int:
 def _open(run: Run, folder: RunFolder, stop: StopRequest) -> Session:
     """Resume if asked to, open the sinks, say what is about to happen."""
     found = checkpoint.resume(run, checkpoint.checkpoints_folder(run)) if run.config.run.resume else None
+    if found is None and run.config.checkpoint.init_from:
+        begin(run, run.config.checkpoint.init_from)
     peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
     if run.world.rank == 0:
         print(opening(run, found, throughput.estimate_seconds(run, peak)), flush=True)

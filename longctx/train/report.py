@@ -68,6 +68,8 @@ def _next(folder: str, stopped_by: str | None) -> list[str]:
         return ["", "continue:", f"  longctx train {resolved} run.resume=true"]
     return [
         "",
+        "let it go on from a prompt:",
+        f"  longctx sample {shlex.quote(folder)} --prompt 'def main('",
         "check that the layout computes what one process computes:",
         f"  longctx verify {resolved}",
     ]
