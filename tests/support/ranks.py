@@ -19,7 +19,9 @@ from pathlib import Path
 
 ECHOES = ("connection closed", "connection reset", "socket closed", "broken pipe", "peerlost")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.fsdp", "ranks"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.fsdp", "torch._dynamo", "ranks"]
+)
 
 
 class RankError(AssertionError):
@@ -111,6 +113,21 @@ def run_ranks(function, size: int, *args, timeout: float = 50.0, init: bool = Tr
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def start(function, *args) -> multiprocessing.Process:
+    """Start `function(*args)` in a process of the warm server; the test kills it."""
+    where = (sys.modules[function.__module__].__file__, function.__name__)
+    process = _CONTEXT.Process(target=_call, args=(where, args), daemon=True)
+    process.start()
+    return process
+
+
+def _call(where: tuple[str, str], args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    load_function(*where)(*args)
 
 
 def _collect(pipes: list[Connection], processes: list, deadline: float) -> list:
