@@ -24,6 +24,7 @@ from parallel.tensor.vocabulary import VocabShard
 
 from .config.check import parallel_config
 from .config.schema import Config, ModelConfig, TrainConfig
+from .data.batch import LocalBatch, PackedBatch
 from .data.held_out import HeldOutBatch
 from .data.loader import StepLoader
 from .data.mixture import MixturePacks
@@ -113,6 +114,18 @@ class Run:
             ulysses_rank=groups.ulysses_rank,
             kind=self.config.attention.layout,
         )
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, SequenceLayout]:
+        """This rank's share of a packed batch through the model.
+
+        Returns:
+            logits [t, V] (with tp this rank's columns of V), the share [t], and the layout that says
+            which tokens it holds.
+        """
+        layout = self.layout(batch.cu_seqlens, batch.degree)
+        local = batch.take(layout.token_index).to(self.world.device)
+        logits = self.model(local.input_ids, local.position_ids, local.rope_id, layout=layout)
+        return logits, local, layout
 
     def _split(self, degree: int) -> tuple[int, int]:
         model = self.config.model

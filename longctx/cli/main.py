@@ -17,6 +17,7 @@ VERBS: Mapping[str, str] = {
     "export": "write a run or checkpoint as a Hugging Face folder",
     "sample": "continue a prompt with a run, a checkpoint or a Hugging Face model",
     "ckpt": "ls, verify, prune or merge checkpoints",
+    "eval": "loss by position, needles and generated tasks of a run's newest checkpoint",
     "config": "show every value with its source, or check a configuration for a world",
     "doctor": "check this machine: --selftest compares every layout with one process",
     "launch": "start a program on machines",

@@ -16,7 +16,7 @@ GENERATORS = (
     "fwe",
 )
 """Prompt generators of `longctx.eval.ruler`."""
-TASKS = ("loss", "original", "needle", *GENERATORS)
+TASKS = ("loss", "original", *GENERATORS)
 
 _LOWEST = {
     "every_tokens": 0,
@@ -66,7 +66,7 @@ def check_remap(config: Config) -> None:
             f"eval.remap.type={remap.type} replaces the attention mask, but model.sliding_window="
             f"{config.model.sliding_window}; set eval.remap.type=off"
         )
-    window = remap_window(config)
+    window = remap_window(config, remap)
     if remap.type == "string" and not 0 < remap.local < window:
         raise ConfigError(
             f"eval.remap.local={remap.local} must be positive and below eval.remap.window={window}: the far "
@@ -79,13 +79,12 @@ def check_remap(config: Config) -> None:
     _check_scales(remap)
 
 
-def remap_window(config: Config) -> int:
-    """`eval.remap.window`, or half the training length (all of it for lm_infinite).
+def remap_window(config: Config, remap: RemapConfig) -> int:
+    """The remap's window, or half the training length (all of it for lm_infinite).
 
     Raises:
         ConfigError: it exceeds the training length.
     """
-    remap = config.eval.remap
     trained = config.model.rope.original_len or config.data.seq_len
     if not 0 <= remap.window <= trained:
         raise ConfigError(

@@ -32,9 +32,9 @@ class EvalConfig:
     """Trained tokens between evaluations during training; 0: none."""
     budget_s: float = 60.0
     """Seconds for one evaluation during training; work that does not fit is left out and named."""
-    tasks: tuple[str, ...] = ("loss", "original", "needle")
-    """loss (by position), original (held-out loss at the original length), needle (grid), and the
-    generators passkey, niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe and fwe."""
+    tasks: tuple[str, ...] = ("loss", "original", "passkey", "niah_single")
+    """loss (by position), original (held-out loss at the length before the extension), and grids of depth
+    and length: passkey, niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe, fwe."""
     lengths: tuple[int, ...] = field(default=(), metadata=TOKENS)
     """Context lengths in tokens; none: `data.seq_len`."""
     documents: int = 4

@@ -13,7 +13,12 @@ from parallel import comm
 from .. import checkpoint
 from ..build import Run, World, build
 from ..config.schema import Config
+from ..data.sources import open_data
 from ..errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from ..eval.evaluate import check as check_evaluation
+from ..eval.evaluate import evaluate as evaluate_by_position
+from ..eval.evaluate import figures
+from ..eval.files import write as write_report
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE
 from . import throughput
 from .begin import begin
@@ -80,6 +85,8 @@ def _open(run: Run, folder: RunFolder, stop: StopRequest) -> Session:
     found = checkpoint.resume(run, checkpoint.checkpoints_folder(run)) if run.config.run.resume else None
     if found is None and run.config.checkpoint.init_from:
         begin(run, run.config.checkpoint.init_from)
+    if run.config.eval.every_tokens:
+        check_evaluation(run, open_data(run.config.data))
     peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
     if run.world.rank == 0:
         print(opening(run, found, throughput.estimate_seconds(run, peak)), flush=True)
@@ -122,7 +129,9 @@ def _steps(session: Session) -> int:
             spent.append(source)
         if run.held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
             row |= evaluate(run)
-        if last or "held_out_loss" in row or done % config.metrics.log_every == 0:
+        if _due(config.eval.every_tokens, run.progress.tokens, result.tokens):
+            row |= _by_position(session)
+        if last or "held_out_loss" in row or "eval_s" in row or done % config.metrics.log_every == 0:
             _write(session, row)
         if result.stops:
             _save(session, last=True)
@@ -131,6 +140,22 @@ def _steps(session: Session) -> int:
         if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
             _save(session, last=last)
     return DONE
+
+
+def _due(every: int, tokens: int, new: int) -> bool:
+    """Whether the last `new` of `tokens` crossed a multiple of `every`."""
+    return bool(every) and tokens // every > (tokens - new) // every
+
+
+def _by_position(session: Session) -> Row:
+    """Evaluate by position and length, into the run folder and the step's row."""
+    run = session.run
+    report = evaluate_by_position(run, open_data(run.config.data), budget_s=run.config.eval.budget_s)
+    if run.world.rank == 0:
+        write_report(report, session.folder.path / "eval" / f"step-{run.progress.step}")
+    found = {key: report[key] for key in ("step", "seconds", "left_out")}
+    session.folder.event("eval", **found)
+    return dict(figures(report))
 
 
 def _spent(run: Run) -> list[str]:

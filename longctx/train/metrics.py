@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
         _metric("train", "documents", "", "document pieces in the step"),
         _metric("eval", "held_out_loss", "nats", "mean loss of held-out tokens"),
         _metric("eval", "held_out_bits_per_byte", "bits", "held-out loss per byte of text"),
+        _metric("eval", "eval_s", "s", "wall time of the evaluation by position (eval.every_tokens)", "max"),
         _metric("perf", "step_time_s", "s", "wall time of the step, data wait included", "max"),
         _metric("perf", "useful_tokens_per_s", "1/s", "trained tokens per second, all ranks together"),
         _metric("perf", "padded_tokens_per_s", "1/s", "tokens computed per second, masked ones included"),
@@ -61,9 +62,12 @@ FAMILIES: dict[str, Metric] = {
         _metric("mix", "tokens_source", "", "trained tokens of the step of one source"),
         _metric("mix", "loss_length", "nats", "mean loss of the step's tokens in pieces of one length"),
         _metric("mix", "tokens_length", "", "trained tokens of the step in pieces of one length"),
+        _metric("eval", "eval_loss", "nats", "mean held-out loss of texts of one length"),
+        _metric("eval", "eval_score", "", "share of a task's prompts whose answers greedy decoding gives"),
+        _metric("eval", "eval_perplexity", "", "perplexity of the tokens of a task's answers"),
     )
 }
-"""Metrics that come once per source or length: `loss_source/NAME`, `loss_length/TOKENS`."""
+"""Metrics that come once per source, length or task: `loss_source/NAME`, `eval_score/TASK@TOKENS`."""
 
 
 def metric_of(name: str) -> Metric:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from parallel import comm, fsdp, grads
-from parallel.layout import SequenceLayout
 from parallel.lost import lost_ranks_named
 
 from ..build import Run
-from ..data.batch import LocalBatch, PackedBatch
+from ..data.batch import PackedBatch
 from ..errors import TrainingDiverged
 from ..model.loss import token_loss
 from .tally import Tally, tally_of
@@ -89,7 +88,7 @@ def backward(
     parts = torch.zeros(2 * tally.size if tally else 0, dtype=torch.float64, device=run.world.device)
     for index, batch in enumerate(microbatches):
         fsdp.set_gradient_sync(run.model, index == len(microbatches) - 1)
-        logits, local, layout = forward(run, batch)
+        logits, local, layout = run.forward(batch)
         losses = torch.empty(local.num_tokens, dtype=_wide(logits), device=logits.device) if tally else None
         loss_sum, tokens = token_loss(logits, local.targets, local.loss_mask, run.vocab_shard, losses=losses)
         loss_sum.backward()
@@ -106,21 +105,8 @@ def _wide(logits: torch.Tensor) -> torch.dtype:
 
 def batch_loss(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss sum and number of trained tokens of this rank's share of a packed batch."""
-    logits, local, _ = forward(run, batch)
+    logits, local, _ = run.forward(batch)
     return token_loss(logits, local.targets, local.loss_mask, run.vocab_shard)
-
-
-def forward(run: Run, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, SequenceLayout]:
-    """This rank's share of a packed batch through the model.
-
-    Returns:
-        logits [t, V] (with tp this rank's columns of V), the share [t], and the layout that says
-        which tokens it holds.
-    """
-    layout = run.layout(batch.cu_seqlens, batch.degree)
-    local = batch.take(layout.token_index).to(run.world.device)
-    logits = run.model(local.input_ids, local.position_ids, local.rope_id, layout=layout)
-    return logits, local, layout
 
 
 def evaluate(run: Run) -> dict[str, float]:

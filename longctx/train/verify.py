@@ -20,7 +20,7 @@ from ..config.check import microbatch_tokens
 from ..config.memory import FILL, estimate, vocab_estimate
 from ..config.schema import Config, DegreesConfig, StepPlanConfig
 from ..data.batch import PackedBatch, build_batch
-from .step import backward, forward
+from .step import backward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Tensors that are tiny as a whole are judged on the scale of the others.
@@ -136,7 +136,7 @@ def _reference(config: Config, world: World) -> Reference:
     run = build(replace(config, parallel=degrees, step_plan=groups, train=plain), alone)
     try:
         with fsdp.forward_only(run.model):
-            logits = forward(run, _first_batch(run))[0][: _logit_rows(run)].clone()
+            logits = run.forward(_first_batch(run))[0][: _logit_rows(run)].clone()
         loss, tokens = backward(run, run.loader.step(0)).tolist()
         gradients = {name: _gradient(p).full_tensor().clone() for name, p in run.model.named_parameters()}
     finally:
@@ -158,7 +158,7 @@ def _compare(run: Run, reference: Reference | None) -> Iterator[Difference]:
     """Differences in the order in which a wrong value shows itself: forward, then backward."""
     first = _first_batch(run)
     with fsdp.forward_only(run.model):
-        logits, _, layout = forward(run, first)
+        logits, _, layout = run.forward(first)
     loss_sum, tokens = backward(run, run.loader.step(0)).tolist()
     yield _loss_difference(run, reference, loss_sum / max(1, tokens))
     yield _logit_difference(run, reference, logits, layout.token_index)
