@@ -87,6 +87,7 @@ def _body(config: Config, world: "World", *, as_json: bool, groups: int) -> int:
     report = evaluate(built, opened, remap=remap)
     if world.rank == 0:
         written = write(report, Path(config.run.dir, "eval", f"step-{report['step']}"))
-        print(json.dumps(report) if as_json else "\n".join([*lines(report), f"report  {written}"]), flush=True)
+        text = json.dumps(report) if as_json else "\n".join([*lines(report), f"report  {written}"])
+        print(text, flush=True)
     built.close()
     return DONE
