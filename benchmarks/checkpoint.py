@@ -212,10 +212,10 @@ def main() -> int:
         shutil.rmtree(folder / "ours")
         sizes = {"layers": 2, "hidden": 64, "tokens": 512}
         if not args.quick:
-            sizes = {"layers": 8, "hidden": 512, "tokens": 2048}
+            sizes = {"layers": 6, "hidden": 512, "tokens": 1024}
         run = make_run(folder / "run", **sizes, seed=args.seed)
-        figures |= stall(run, rounds=2 if args.quick else 5)
-        figures |= throughput(run, folder, rounds=2 if args.quick else 9)
+        figures |= stall(run, rounds=2 if args.quick else 4)
+        figures |= throughput(run, folder, rounds=2 if args.quick else 5)
         run.close()
     harness.report(__file__, figures, args)
     return 0

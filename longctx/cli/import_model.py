@@ -1,6 +1,7 @@
 """`longctx import SOURCE TARGET`."""
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +18,19 @@ def run(argv: Sequence[str]) -> int:
     """Write weights of others as a checkpoint of ours; 1 if `--verify` finds a difference."""
     parser = make_words_parser(
         "import",
-        "SOURCE TARGET [--add-tokens FILE] [--verify] [--json]",
-        "Make weights to train from. SOURCE: a Hugging Face folder, a hub id or a hub cache entry.",
+        "SOURCE TARGET [--add-tokens FILE] [--verify] [--model FILE] [--json]",
+        "Make weights to train from. SOURCE: a Hugging Face folder, a hub id or a hub cache entry; or, with\n"
+        "--model, a Megatron-core distributed checkpoint of a GPT model.",
     )
     parser.add_argument("source", help="model folder, or a hub id that is on this disk")
     parser.add_argument("target", type=Path, help="new folder")
+    parser.add_argument("--model", metavar="FILE", help="Megatron-core: configuration with the model section")
     parser.add_argument("--add-tokens", type=Path, metavar="FILE", help="text file with a new token per line")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers")
     add_json(parser)
     options = parser.parse_args(list(argv))
     try:
-        imported, found = _import(options.source, options.target, options.add_tokens)
+        imported, found = _import(options)
     except CheckpointError as error:  # what is damaged is the user's input
         raise ConfigError(str(error)) from error
     row = {"path": str(imported.path), "bytes": imported.num_bytes}
@@ -47,9 +50,23 @@ def run(argv: Sequence[str]) -> int:
     return code if code == DONE else FAILED
 
 
-def _import(source: str, target: Path, tokens: Path | None) -> tuple["Imported", Path]:
+def _import(options: Namespace) -> tuple["Imported", Path]:
     from ..hf.folder import find_folder, open_hf
     from ..hf.importing import import_hf
+    from ..megatron.reader import find_iteration
 
-    folder = find_folder(source)
-    return import_hf(open_hf(folder), target, tokens=tokens), folder
+    megatron = find_iteration(Path(options.source).expanduser())
+    if megatron is None:
+        if options.model is not None:
+            raise ConfigError(f"--model is for Megatron-core checkpoints; {options.source} has no .metadata")
+        folder = find_folder(options.source)
+        return import_hf(open_hf(folder), options.target, tokens=options.add_tokens), folder
+    if options.model is None or options.verify or options.add_tokens:
+        raise ConfigError(
+            f"{options.source} is a Megatron-core checkpoint: it needs --model FILE with its model section "
+            "(such as model/llama3-8b), and neither --verify nor --add-tokens works with it"
+        )
+    from ..config.load import load
+    from ..megatron.importing import import_megatron
+
+    return import_megatron(megatron, load([options.model]).config.model, options.target), megatron

@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-core's GPT models as a source of weights."""
