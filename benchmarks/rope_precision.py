@@ -2,7 +2,7 @@
 
 A random query and key of 128 dims at a fixed distance are rotated at positions up to 4M and multiplied. In
 exact arithmetic the product does not depend on the position. Paths: angles in float64 (ours), in float32 and
-in bfloat16, each rotated in float32, and ours rotated in bfloat16. The curves are drawn beside the result file.
+in bfloat16, each rotated in float32, and ours rotated in bfloat16. The curves lie beside the result file.
 """
 
 from collections.abc import Callable
