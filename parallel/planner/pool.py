@@ -1,189 +1,199 @@
 """The search of the step planner: one pool of pieces, emptied microbatch by microbatch.
 
 For a time budget the longest pieces go first, each to the place that costs the fewest rank
-milliseconds: the least loaded open group of some degree, or a new group. What does not fit waits.
-Ranks that stay free double the slowest groups. Several budgets are tried per microbatch, and the
-one with the least time plus estimated rest is kept; several weights of that rest are tried too.
+milliseconds: the fullest open group of some degree that has room, or a new group. What does not fit
+waits. Ranks that stay free double the slowest groups. Several budgets are tried per microbatch, and
+the one with the least time plus estimated rest is kept; several weights of that rest are tried too.
+
+Compiled by numba, without the interpreter's lock: planning in a thread takes nothing from training.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
 
 from .sequence import Group, SequenceCost, usable_degrees
 
-REST_WEIGHTS = (1.0, 1.06, 1.15)
+REST_WEIGHTS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3)
 """How much the work that a microbatch leaves over counts against it."""
-BUDGETS = 14
+BUDGETS = 20
 """Time budgets per microbatch at effort 1, from tight to loose."""
+LOOSEST = 2.2
+"""The loosest budget over the tightest."""
+WAITS = -1
+"""In place of a group: the piece is left to later microbatches."""
 
-
-@dataclass(slots=True)
-class _Open:
-    """A group that is being filled."""
-
-    degree: int
-    number: int = 0
-    """Order of opening; breaks ties, so that the plan is the same everywhere."""
-    load_ms: float = 0.0
-    tokens: int = 0
-    pieces: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pool:
-    """What every microbatch of a step shares."""
-
-    lengths: Sequence[int]
-    num_ranks: int
-    degrees: list[int]
-    room: int
-    """Tokens that a rank holds in one microbatch."""
-    times: dict[tuple[int, int], float]
-    """ms by (length, degree)."""
-    cheapest: dict[int, float]
-    """Fewest rank ms by length."""
-    beta_ms: float
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def fill(
-    lengths: Sequence[int], *, num_ranks: int, cost: SequenceCost, room: int, effort: float
+    lengths: Sequence[int], *, num_ranks: int, cost: SequenceCost, pp: int, effort: float
 ) -> tuple[tuple[Group, ...], ...]:
     """Groups of every microbatch; at least one microbatch, also without pieces."""
-    pool = _make_pool(lengths, num_ranks, cost, room)
-    order = sorted(range(len(lengths)), key=lambda piece: (-lengths[piece], piece))
-    plans = [_empty_pool(pool, order, weight, max(2, round(BUDGETS * effort))) for weight in REST_WEIGHTS]
-    best = min(plans, key=lambda plan: sum(_slowest(groups) + pool.beta_ms for groups in plan))
-    return tuple(_placed(groups) for groups in best)
-
-
-def _make_pool(lengths: Sequence[int], num_ranks: int, cost: SequenceCost, room: int) -> _Pool:
+    room = cost.capacity_tokens // pp
     degrees = usable_degrees(num_ranks, cost)
-    times = {(n, d): cost.piece_ms(n, d) for n in set(lengths) for d in degrees if n <= room * d}
-    cheapest = {n: min(d * times[n, d] for d in degrees if (n, d) in times) for n in set(lengths)}
-    return _Pool(
-        lengths=lengths,
-        num_ranks=num_ranks,
-        degrees=degrees,
-        room=room,
-        times=times,
-        cheapest=cheapest,
-        beta_ms=cost.beta_ms,
-    )
+    sizes, kind = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True)
+    times = np.array(
+        [[cost.piece_ms(int(n), d) if n <= room * d else np.inf for d in degrees] for n in sizes],
+        dtype=np.float64,
+    ).reshape(len(sizes), len(degrees))
+    tables = (kind.astype(np.int64), sizes, times, np.array(degrees, dtype=np.int64))
+    order = np.argsort(-sizes[kind], kind="stable").astype(np.int64)
+    settings = (num_ranks, room, cost.beta_ms, pp, max(2, round(BUDGETS * effort)))
+    microbatch, group, degree = _search(tables, order, settings, np.array(REST_WEIGHTS))
+    return _groups(microbatch, group, degree, degrees, num_ranks)
 
 
-def _empty_pool(pool: _Pool, order: list[int], weight: float, budgets: int) -> list[list[_Open]]:
-    """Microbatches until no piece is left."""
-    plan: list[list[_Open]] = []
-    left = order
-    while left or not plan:
-        tries = [_fill_one(pool, left, budget) for budget in _budgets(pool, left, budgets)]
-        groups, left = min(tries, key=lambda attempt: _score(pool, *attempt, weight=weight))
-        plan.append(groups)
-    return plan
+def _groups(
+    microbatch: Ints, group: Ints, degree: Ints, degrees: list[int], num_ranks: int
+) -> tuple[tuple[Group, ...], ...]:
+    """Groups by descending degree, so that each starts at a multiple of its degree."""
+    pieces: dict[tuple[int, int], list[int]] = {}
+    for piece, place in enumerate(zip(microbatch.tolist(), group.tolist(), strict=True)):
+        pieces.setdefault(place, []).append(piece)
+    plan = []
+    for number in range(max(1, int(microbatch.max(initial=-1)) + 1)):
+        found = [(degrees[int(degree[m, g])], tuple(own)) for (m, g), own in pieces.items() if m == number]
+        free = num_ranks - sum(d for d, _ in found)
+        for d in reversed(degrees):  # the rest of the ranks form empty groups
+            found += [(d, ())] * (free // d)
+            free %= d
+        plan.append(_placed(sorted(found, key=lambda each: -each[0])))
+    return tuple(plan)
 
 
-def _budgets(pool: _Pool, left: Sequence[int], count: int) -> Iterator[float]:
-    """From the least time in which anything fits, up to all the work at once."""
-    if not left:
-        yield 0.0
-        return
-    longest = pool.lengths[left[0]]
-    least = min(pool.times[longest, d] for d in pool.degrees if (longest, d) in pool.times)
-    work = sum(pool.cheapest[pool.lengths[piece]] for piece in left) / pool.num_ranks
-    tokens = sum(pool.lengths[piece] for piece in left)
-    microbatches = -(-tokens // (pool.room * pool.num_ranks))
-    for step in range(count):
-        yield max(least, work / microbatches) * (1 + 1.2 * step / max(1, count - 1))
+def _placed(found: list[tuple[int, tuple[int, ...]]]) -> tuple[Group, ...]:
+    placed, rank = [], 0
+    for degree, own in found:
+        placed.append(Group(degree, rank, own))
+        rank += degree
+    return tuple(placed)
 
 
-def _fill_one(pool: _Pool, left: Sequence[int], budget: float) -> tuple[list[_Open], list[int]]:
-    """One microbatch under a time budget, and the pieces that wait."""
-    heaps: dict[int, list[tuple[float, int, _Open]]] = {degree: [] for degree in pool.degrees}
-    groups: list[_Open] = []
-    free, waiting = pool.num_ranks, []
-    for piece in left:
-        length = pool.lengths[piece]
-        place = _best_place(pool, heaps, length, free, budget)
-        if place is None:
-            waiting.append(piece)
-            continue
-        degree, group = place
-        if group is None:
-            group = _Open(degree, number=len(groups))
-            groups.append(group)
-            free -= degree
-        else:
-            heappop(heaps[degree])
-        group.load_ms += pool.times[length, degree]
-        group.tokens += length
-        group.pieces.append(piece)
-        heappush(heaps[degree], (group.load_ms, group.number, group))
-    _use_free(pool, groups, free)
-    return groups, waiting
-
-
-def _best_place(
-    pool: _Pool, heaps: dict[int, list[tuple[float, int, _Open]]], length: int, free: int, budget: float
-) -> tuple[int, _Open | None] | None:
-    """The degree and open group (None: a new one) with the fewest rank ms, or None: it must wait."""
-    best: tuple[int, _Open | None] | None = None
-    best_cost = float("inf")
-    for degree in pool.degrees:
-        time = pool.times.get((length, degree))
-        if time is None or time > budget or degree * time >= best_cost:
-            continue
-        heap = heaps[degree]
-        # The least loaded group is the one to try; if its memory is full, a new group may serve.
-        opened = heap[0][2] if heap else None
-        if (
-            opened is not None
-            and opened.load_ms + time <= budget
-            and opened.tokens + length <= pool.room * degree
-        ):
-            best, best_cost = (degree, opened), degree * time
-        elif degree <= free:
-            best, best_cost = (degree, None), degree * time
+@njit(cache=True)
+def _search(tables: Any, order: Ints, settings: Any, weights: Floats) -> tuple[Ints, Ints, Ints]:
+    """Microbatch and group of each piece, and the degree's index of each group, by the best weight."""
+    ranks, n = settings[0], len(order)
+    best_ms = np.inf
+    best = (np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n + 1, ranks), np.int64))
+    for weight in weights:
+        found = (np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n + 1, ranks), np.int64))
+        time = _empty_pool(tables, order.copy(), settings, weight, best_ms, found)
+        if time < best_ms:
+            best_ms, best = time, found
     return best
 
 
-def _use_free(pool: _Pool, groups: list[_Open], free: int) -> None:
-    """Double the slowest groups while ranks are free; the rest of the ranks form empty groups."""
-    while groups and free:
-        slowest = max(groups, key=lambda group: group.load_ms)
-        wider = slowest.degree * 2
-        if wider not in pool.degrees or slowest.degree > free:
-            break
-        load = sum(pool.times[pool.lengths[piece], wider] for piece in slowest.pieces)
-        if load >= slowest.load_ms:
-            break
-        free -= slowest.degree
-        slowest.degree, slowest.load_ms = wider, load
-    for degree in reversed(pool.degrees):
-        while free >= degree:
-            groups.append(_Open(degree))
-            free -= degree
+@njit(cache=True)
+def _empty_pool(tables: Any, left: Ints, settings: Any, weight: float, limit: float, found: Any) -> float:
+    """Microbatches until no piece is left, written to `found`; their time, infinite beyond `limit`."""
+    beta_ms, pp, budgets = settings[2], settings[3], settings[4]
+    total, slowest, number = 0.0, 0.0, 0
+    while len(left):
+        least = _fill_budget(tables, left, settings)
+        score, kept_ms = np.inf, 0.0
+        kept, kept_degree = np.zeros(len(left), np.int64), np.zeros(settings[0], np.int64)
+        for step in range(budgets):
+            budget = least * (1.0 + (LOOSEST - 1.0) * step / (budgets - 1))
+            place, degree, load = _fill_one(tables, left, settings, budget)
+            rest, progress = _rest_ms(tables, left, place, settings, weight)
+            if progress and load.max() + rest < score:
+                score, kept_ms = load.max() + rest, load.max()
+                kept, kept_degree = place, degree
+        total += kept_ms + beta_ms
+        slowest = max(slowest, kept_ms + beta_ms)
+        if total + (pp - 1) * slowest >= limit:
+            return np.inf
+        for i in range(len(left)):
+            found[0][left[i]], found[1][left[i]] = number, kept[i]
+        found[2][number] = kept_degree
+        left, number = left[kept == WAITS], number + 1
+    return float(total + (pp - 1) * slowest)
 
 
-def _score(pool: _Pool, groups: list[_Open], waiting: list[int], *, weight: float) -> float:
-    """Time of the microbatch and, estimated, of what it leaves over; infinite without progress."""
-    if waiting and not any(group.pieces for group in groups):
-        return float("inf")
-    work = sum(pool.cheapest[pool.lengths[piece]] for piece in waiting)
-    tokens = sum(pool.lengths[piece] for piece in waiting)
-    microbatches = -(-tokens // (pool.room * pool.num_ranks))
-    rest = weight * work / pool.num_ranks + microbatches * pool.beta_ms
-    return _slowest(groups) + pool.beta_ms + rest
+@njit(cache=True)
+def _fill_budget(tables: Any, left: Ints, settings: Any) -> float:
+    """The tightest budget: the longest piece at its fastest, or an even share of all work."""
+    kind, sizes, times, degrees = tables
+    ranks, room = settings[0], settings[1]
+    work, tokens = 0.0, 0
+    for piece in left:
+        work += (times[kind[piece]] * degrees).min()
+        tokens += sizes[kind[piece]]
+    microbatches = -(-tokens // (room * ranks))
+    return float(max(times[kind[left[0]]].min(), work / ranks / microbatches))
 
 
-def _slowest(groups: Sequence[_Open]) -> float:
-    return max(group.load_ms for group in groups)
+@njit(cache=True)
+def _rest_ms(tables: Any, left: Ints, place: Ints, settings: Any, weight: float) -> tuple[float, bool]:
+    """Estimated time of what waits, and whether anything does not."""
+    kind, sizes, times, degrees = tables
+    ranks, room, beta_ms = settings[0], settings[1], settings[2]
+    work, tokens, progress = 0.0, 0, False
+    for i in range(len(left)):
+        if place[i] == WAITS:
+            work += (times[kind[left[i]]] * degrees).min()
+            tokens += sizes[kind[left[i]]]
+        else:
+            progress = True
+    return weight * work / ranks + -(-tokens // (room * ranks)) * beta_ms, progress
 
 
-def _placed(groups: list[_Open]) -> tuple[Group, ...]:
-    """Groups by descending degree, so that each starts at a multiple of its degree."""
-    placed, rank = [], 0
-    for group in sorted(groups, key=lambda group: -group.degree):
-        placed.append(Group(group.degree, rank, tuple(sorted(group.pieces))))
-        rank += group.degree
-    return tuple(placed)
+@njit(cache=True)
+def _fill_one(tables: Any, left: Ints, settings: Any, budget: float) -> tuple[Ints, Ints, Floats]:
+    """One microbatch under a time budget: each piece's group or WAITS, degrees and loads of groups."""
+    kind, sizes, times, degrees = tables
+    ranks, room = settings[0], settings[1]
+    place = np.full(len(left), WAITS, np.int64)
+    degree, load, tokens = np.zeros(ranks, np.int64), np.zeros(ranks), np.zeros(ranks, np.int64)
+    opened, free = 0, ranks
+    for i in range(len(left)):
+        size, time = sizes[kind[left[i]]], times[kind[left[i]]]
+        group, own = WAITS, 0
+        cheapest = np.inf
+        for d in range(len(degrees)):
+            if time[d] > budget or degrees[d] * time[d] >= cheapest:
+                continue
+            fullest = WAITS
+            for g in range(opened):
+                fits = load[g] + time[d] <= budget and tokens[g] + size <= room * degrees[d]
+                if degree[g] == d and fits and (fullest == WAITS or tokens[g] > tokens[fullest]):
+                    fullest = g
+            if fullest != WAITS or degrees[d] <= free:
+                group, own = (opened if fullest == WAITS else fullest), d
+                cheapest = degrees[d] * time[d]
+        if group == WAITS:
+            continue
+        if group == opened:
+            degree[group], opened, free = own, opened + 1, free - degrees[own]
+        load[group] += time[own]
+        tokens[group] += size
+        place[i] = group
+    _widen(tables, left, place, (degree, load), (opened, free))
+    return place, degree, load
+
+
+@njit(cache=True)
+def _widen(tables: Any, left: Ints, place: Ints, groups: Any, counts: Any) -> None:
+    """Double the slowest groups while ranks are free and it helps."""
+    kind, _, times, degrees = tables
+    degree, load = groups
+    opened, free = counts
+    while opened and free:
+        slowest = load[:opened].argmax()
+        d = degree[slowest]
+        wide = d + 1
+        if wide == len(degrees) or degrees[wide] != 2 * degrees[d] or degrees[d] > free:
+            return
+        wider = 0.0
+        for i in range(len(left)):
+            if place[i] == slowest:
+                wider += times[kind[left[i]], wide]
+        if wider >= load[slowest]:
+            return
+        free -= degrees[d]
+        degree[slowest], load[slowest] = wide, wider

@@ -90,7 +90,7 @@ def plan_step(
             f"a piece of {longest} tokens does not fit: {degrees[-1]} ranks of {room} tokens hold at most "
             f"{room * degrees[-1]}; shorten data.seq_len, or raise capacity_tokens or the number of ranks"
         )
-    microbatches = fill(lengths, num_ranks=num_ranks, cost=cost, room=room, effort=effort)
+    microbatches = fill(lengths, num_ranks=num_ranks, cost=cost, pp=pp, effort=effort)
     times = [_microbatch_ms(groups, lengths, cost) for groups in microbatches]
     return StepPlan(
         microbatches=microbatches,
