@@ -3,18 +3,27 @@
 A random query and key of 128 dims at a fixed distance are rotated at positions up to 4M and multiplied. In
 exact arithmetic the product does not depend on the position. Paths: angles in float64 (ours), in float32 and
 in bfloat16, each rotated in float32, and ours rotated in bfloat16. The curves lie beside the result file.
+
+`step_cost` is what positions cost a training step: gradients of one sequence of 8K tokens through the
+quickstart's model with them and without (`none`), in turns.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import harness
 import torch
+from torch.distributed import HashStore
 
+from longctx.build import World, build
+from longctx.config.check import resolve
+from longctx.config.load import load
 from longctx.config.schema import RopeConfig
 from longctx.rope.apply import rotate
 from longctx.rope.frequencies import rope_parameters
 from longctx.rope.tables import Frequencies, RopeTable
+from longctx.train.step import backward
 
 HEAD_DIM, DISTANCE, PAIRS = 128, 17, 64
 CONFIG = RopeConfig(head_dim=HEAD_DIM, theta=500000.0)
@@ -51,6 +60,27 @@ def drift(table: Table, position: int, dtype: torch.dtype, seed: int) -> float:
     return float((products(position, table, dtype) - exact).abs().max() / exact.abs().mean())
 
 
+def step_cost(*, quick: bool) -> harness.Figure:
+    """Step time with positions over step time without."""
+    tokens = 512 if quick else 8192
+    overrides = [f"data.seq_len={tokens}", f"train.global_batch_tokens={tokens}", "data.workers=1"]
+    config = resolve(load(["recipes/quickstart.yaml"], overrides).config, 1, "cpu")
+    run = build(config, World(rank=0, size=1, device=torch.device("cpu"), store=HashStore()))
+    batch = run.loader.step(0)
+    forms = {"with": run.model.frequencies, "without": Frequencies.of(RopeConfig(type="none", head_dim=2))}
+
+    def step(form: Frequencies) -> None:
+        run.model.frequencies = form
+        backward(run, batch)
+        run.optimizer.zero_grad()
+
+    runs = {name: partial(step, form) for name, form in forms.items()}
+    seconds = harness.in_turns(runs, rounds=1 if quick else 9)
+    run.close()
+    note = f"{harness.median(seconds['with']):.2f} s with positions; goal <= 1.02"
+    return harness.Figure(harness.paired_ratio(seconds["with"], seconds["without"]), "ratio", note)
+
+
 def main() -> int:
     """Measure and report."""
     args = harness.parser(__doc__).parse_args()
@@ -72,6 +102,7 @@ def main() -> int:
         for position, value in zip(positions, values, strict=True)
         if position in (positions[0], 2**17, 2**20, positions[-1])
     }
+    figures["step_cost"] = step_cost(quick=args.quick)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         draw(args.out.with_suffix(".png"), positions, curves)
