@@ -1,6 +1,7 @@
 """The page of results: every committed JSON file below benchmarks/results/ as a table."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,16 @@ same run, in turns.
 def write_page(results: Path, page: Path) -> None:
     """Rewrite the page from the result files."""
     sections = [
-        section(json.loads(path.read_text()), path.parent.name) for path in sorted(results.rglob("*.json"))
+        section(json.loads(path.read_text()), path.parent.name) + picture(path, page)
+        for path in sorted(results.rglob("*.json"))
     ]
     page.write_text("\n".join([HEAD, *sections]))
+
+
+def picture(path: Path, page: Path) -> str:
+    """A link to the drawing beside a result file, if it has one."""
+    drawn = [path.with_suffix(kind) for kind in (".png", ".svg") if path.with_suffix(kind).exists()]
+    return "".join(f"\n![{each.stem}]({os.path.relpath(each, page.parent)})\n" for each in drawn)
 
 
 def section(result: dict[str, Any], folder: str) -> str:
