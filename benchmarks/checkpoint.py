@@ -100,9 +100,11 @@ def throughput(run: Run, folder: Path, *, rounds: int) -> dict[str, Figure]:
     bare, torchs = folder / "bare.safetensors", folder / "dcp"
     ours = Path(run.config.run.dir) / "ckpt"
 
+    saver = checkpoint.Saver(run)
+
     def save_ours() -> None:
         shutil.rmtree(ours, ignore_errors=True)
-        checkpoint.save(run)
+        saver.save()
 
     def save_bare() -> None:
         save_file(tensors, bare)

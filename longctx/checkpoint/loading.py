@@ -1,6 +1,11 @@
 """From a checkpoint into a run, whatever layout wrote it."""
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from parallel import comm
 
@@ -74,8 +79,7 @@ def load(path: Where, run: Run) -> None:
     tensors = run_tensors(run)
     _check_same_model(path, opened, run)
     with together(run, f"loading {path}"):
-        for name, tensor in tensors.items():
-            fill(opened.index, name, shard_of(tensor))
+        _fill_all(opened.index, tensors)
     run.progress.step, run.progress.tokens = state["step"], state["tokens"]
     if run.mixture is not None:
         run.mixture.restore(state.get("mixture", {}))
@@ -91,8 +95,15 @@ def load_weights(index: TensorIndex, run: Run) -> None:
         CheckpointError: a tensor is damaged, missing or of another shape (on every rank).
     """
     with together(run, f"loading weights from {index.folder.where}"):
-        for name, parameter in run.model.named_parameters():
-            fill(index, name, shard_of(parameter))
+        _fill_all(index, dict(run.model.named_parameters()))
+
+
+def _fill_all(index: TensorIndex, tensors: Mapping[str, Tensor]) -> None:
+    """Reading and hashing leave the interpreter, so as many threads as torch has share the tensors."""
+    shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(lambda name: fill(index, name, shards[name]), shards):
+            pass  # an error of any thread is raised here
 
 
 def _open(path: Where, run: Run) -> tuple[Opened, dict[str, Any]]:

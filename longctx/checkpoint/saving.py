@@ -14,7 +14,7 @@ from ..build import Run
 from ..errors import CheckpointError
 from ..tensors.folder import Folder, Where, folder_at, is_url, read_whole, write_whole
 from ..tensors.writer import Item, write_file
-from .keeping import PARTIAL, latest_good, prunable, remove, step_name, sweep
+from .keeping import PARTIAL, latest_good, list_checkpoints, prunable, remove, step_name, sweep
 from .manifest import MANIFEST, STATE, SUFFIX, write_manifest, write_small
 from .shares import Share, Staging, get_rng, in_place, share_of
 from .together import together
@@ -194,7 +194,7 @@ class Saver:
         if self._folder.renames:
             self._folder.publish(f".{job.final}{PARTIAL}", job.final)
         keep, every = config.checkpoint.keep, config.checkpoint.milestone_every
-        for old in prunable(self._folder.where, keep=keep, milestone_every=every):
+        for old in prunable(list_checkpoints(self._folder.where), keep=keep, milestone_every=every):
             remove(old)
 
 

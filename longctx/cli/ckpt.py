@@ -100,9 +100,9 @@ def _prune(argv: Sequence[str]) -> int:
     from ..checkpoint.keeping import prunable, remove
     from ..checkpoint.manifest import verify
 
-    folder = _folder(options.source)
-    paths = [str(p) for p in prunable(folder, keep=options.keep, milestone_every=options.milestone_every)]
-    kept = [path for path in _paths(options.source) if path not in paths]
+    found = _paths(options.source)
+    paths = prunable(found, keep=options.keep, milestone_every=options.milestone_every)
+    kept = [path for path in found if path not in paths]
     if paths:
         verify(kept[-1])  # never delete the last good one
     for path in paths if not options.dry_run else ():
@@ -133,21 +133,15 @@ def _merge(argv: Sequence[str]) -> int:
     return DONE
 
 
-def _folder(source: str) -> str:
-    """The folder of checkpoints that a name means."""
-    from ..checkpoint.keeping import list_checkpoints
-
-    for path in (f"{source.rstrip('/')}/ckpt", source):
-        if list_checkpoints(path):
-            return path
-    raise ConfigError(f"{source} holds no checkpoints (no step-*/manifest.json); name a run folder")
-
-
 def _paths(source: str) -> list[str]:
-    from ..checkpoint.keeping import list_checkpoints
+    """The checkpoints that a name means."""
+    from ..checkpoint.keeping import checkpoints_below
     from ..checkpoint.manifest import MANIFEST
     from ..tensors.folder import folder_at
 
     if folder_at(source).size(MANIFEST) is not None:
         return [source]
-    return [str(path) for path in list_checkpoints(_folder(source))]
+    found = [str(path) for path in checkpoints_below(source)]
+    if not found:
+        raise ConfigError(f"{source} holds no checkpoints (no step-*/manifest.json); name a run folder")
+    return found

@@ -19,7 +19,7 @@ from ..tensors.index import Stored, TensorIndex, by_rows, stream
 from ..tensors.writer import Chunk, Item, write_file
 from .architectures import hf_config
 from .folder import COMPANIONS, CONFIG, INDEX, TOKENIZER
-from .importing import fresh_folder
+from .importing import check_space, fresh_folder
 from .source import Source
 
 
@@ -53,6 +53,8 @@ def export_hf(source: Source, target: Path, *, dtype: str = "auto", max_shard_by
     carried = _carried_config(source)
     to = _dtype(source, dtype, carried)
     config = hf_config(source.model, seq_len=source.seq_len, dtype=LONG_NAMES[to], carried=carried)
+    total = sum(_size(stored, to) for stored in source.index.tensors.values())
+    check_space(target, total)
     groups = _groups(source.index, to, max_shard_bytes)
     weight_map: dict[str, str] = {}
     with fresh_folder(target) as folder:
@@ -61,7 +63,6 @@ def export_hf(source: Source, target: Path, *, dtype: str = "auto", max_shard_by
             file = "model.safetensors" if len(groups) == 1 else file
             write_file(folder, file, [_item(source.index, name, to) for name in names])
             weight_map |= {to_hf(name): file for name in names}
-        total = sum(_size(stored, to) for stored in source.index.tensors.values())
         if len(groups) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_whole(folder, INDEX, json.dumps(index, indent=2).encode())

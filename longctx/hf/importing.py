@@ -10,6 +10,7 @@ import yaml
 
 from ..checkpoint.manifest import SUFFIX, write_manifest, write_small
 from ..config.schema import ModelConfig
+from ..config.units import format_bytes
 from ..errors import ConfigError
 from ..model.params import vocab_rows
 from ..tensors.dtypes import LONG_NAMES
@@ -64,6 +65,7 @@ def import_hf(source: HfModel, target: Path, *, tokens: Path | None = None) -> I
         CheckpointError: a file is damaged.
     """
     check_tokenizer(source)
+    check_space(target, sum(stored.num_bytes for stored in source.index.tensors.values()))
     added = add_tokens(tokens, source.path, source.model) if tokens else None
     model = added.model if added else source.model
     found = [source.path / name for name in COMPANIONS]
@@ -91,6 +93,20 @@ def check_tokenizer(source: HfModel) -> None:
         raise ConfigError(
             f"{path} has ids up to {size - 1}, {source.path / CONFIG} has vocab_size={rows}; take the "
             "tokenizer that belongs to the weights, or save the model with resized embeddings first"
+        )
+
+
+def check_space(target: Path, need: int) -> None:
+    """Refuse to begin where the result will not fit.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    free = LocalFolder(target.absolute().parent).free_bytes()
+    if free < need:
+        raise ConfigError(
+            f"{target.absolute().parent} has {format_bytes(free)} free, {format_bytes(need)} are needed; "
+            "free some space, or name a target on another disk"
         )
 
 

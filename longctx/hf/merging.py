@@ -6,7 +6,7 @@ from pathlib import Path
 from ..checkpoint.merge import average, check_mergeable
 from ..errors import ConfigError
 from .folder import COMPANIONS
-from .importing import Imported, Tensor, write_weights
+from .importing import Imported, Tensor, check_space, write_weights
 from .source import Source
 
 FILE_BYTES = 5 << 30
@@ -27,6 +27,7 @@ def merge(sources: Sequence[Source], target: Path) -> Imported:
         raise ConfigError("a merge needs at least two checkpoints; name more of them")
     check_mergeable([source.where for source in sources], [source.index for source in sources])
     first = sources[0]
+    check_space(target, sum(stored.num_bytes for stored in first.index.tensors.values()))
     carried = {}
     if first.companions is not None:
         found = [first.companions / name for name in COMPANIONS]

@@ -6,11 +6,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..checkpoint.keeping import latest_good
+from ..checkpoint.keeping import checkpoints_below, newest_good
 from ..checkpoint.manifest import MANIFEST, open_checkpoint
 from ..config.schema import ModelConfig
 from ..errors import CheckpointError, ConfigError
-from ..tensors.folder import is_url
+from ..tensors.folder import folder_at, is_url
 from ..tensors.index import TensorIndex
 from .folder import CONFIG, find_folder, open_hf
 
@@ -51,17 +51,17 @@ def open_source(name: str) -> Source:
         ConfigError: there is no model, or it cannot be read.
         CheckpointError: its files are damaged.
     """
+    path = name if is_url(name) else str(Path(name).expanduser())
+    if folder_at(path).size(MANIFEST) is not None:
+        return _of_checkpoint(path)
+    checkpoints = checkpoints_below(path)
+    if checkpoints:
+        found = newest_good(checkpoints)
+        if found is None:
+            raise CheckpointError(f"{name}: none of its checkpoints is good; restore one of them")
+        return _of_checkpoint(str(found), run=path)
     if is_url(name):
-        return _of_checkpoint(name)
-    path = Path(name).expanduser()
-    if (path / MANIFEST).is_file():
-        return _of_checkpoint(str(path))
-    for folder in (path / "ckpt", path):
-        if folder.is_dir() and any(folder.glob(f"step-*/{MANIFEST}")):
-            found = latest_good(folder)
-            if found is None:
-                raise CheckpointError(f"{folder}: no checkpoint is good; restore one of them")
-            return _of_checkpoint(str(found))
+        raise ConfigError(f"{name} holds no checkpoint (no {MANIFEST}); name the checkpoint, or their folder")
     folder = find_folder(name)
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -95,14 +95,16 @@ def read_model(section: dict[str, Any], where: str) -> ModelConfig:
     return model
 
 
-def _of_checkpoint(where: str) -> Source:
+def _of_checkpoint(where: str, *, run: str | None = None) -> Source:
     opened = open_checkpoint(where)
     manifest = opened.manifest
 
     def ours(name: str) -> str | None:
         return name.removeprefix(PARAMETERS) if name.startswith(PARAMETERS) else None
 
-    companions = None if is_url(where) else _companions(Path(where))
+    companions = None if is_url(run or where) else _companions(Path(run or where))
+    if companions is None and not is_url(where):
+        companions = _companions(Path(where))
     tokenizer = str(manifest["tokenizer"])
     if companions is not None and manifest["kind"] == "weights":  # the folder may have been moved
         tokenizer = str(companions)

@@ -135,7 +135,7 @@ class LocalFolder:
         os.replace(self._path / name, self._path / final)
         sync_folder(self._path)
 
-    def free_bytes(self) -> int | None:
+    def free_bytes(self) -> int:
         """Free space of the disk below it."""
         path = self._path
         while not path.exists():

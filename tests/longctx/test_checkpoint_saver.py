@@ -129,6 +129,25 @@ def test_the_latest_and_milestones_are_kept_and_the_command_line_looks_after_the
     assert "no checkpoints" in capsys.readouterr().err
 
 
+def keep_away(rank: int, size: int, base) -> str:
+    from longctx.train.loop import train
+
+    extra = (f"checkpoint.dir={base / 'other-disk'}", "train.steps=2", "train.eval_every=0")
+    (base / "away").mkdir()
+    train(make_config(base, "away", extra=extra), make_world(base / "away", rank, size))
+    return ""
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_is_found_by_its_name(base, capsys):
+    run_ranks(keep_away, 1, base, init=False)
+    assert not (base / "away" / "ckpt").exists()
+    assert main(["ckpt", "verify", str(base / "away")]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(base / "away"), "--prompt", "long ", "--max-new", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["source"] == str(base / "other-disk" / "step-00000002") and found["prompt_tokens"] == 5
+
+
 def elsewhere(rank: int, size: int, base) -> tuple[bool, str, list[str]]:
     import fsspec
 

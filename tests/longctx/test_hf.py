@@ -200,3 +200,13 @@ def test_a_hub_cache_entry_is_found(saved, tmp_path):
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text("abc")
     assert main(["import", str(entry), str(tmp_path / "ours")]) == 0
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(saved, tmp_path, capsys, monkeypatch):
+    from longctx.tensors.folder import LocalFolder
+
+    monkeypatch.setattr(LocalFolder, "free_bytes", lambda self: 1000)
+    assert main(["import", str(saved), str(tmp_path / "ours")]) == 2
+    assert "free" in capsys.readouterr().err
+    assert main(["export", str(saved), str(tmp_path / "back")]) == 2
+    assert not list(tmp_path.iterdir())
