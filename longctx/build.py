@@ -204,7 +204,8 @@ def _make_deterministic(wanted: bool) -> None:
     if wanted:
         # cuBLAS reads this when it is first used; without it its results may differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if torch.are_deterministic_algorithms_enabled() != wanted:  # the call imports the compiler: seconds
+        torch.use_deterministic_algorithms(wanted)
 
 
 def join(world: World) -> None:

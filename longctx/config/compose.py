@@ -90,10 +90,14 @@ def search_roots(path: Path) -> list[Path]:
 def find_file(name: str, roots: Sequence[Path]) -> Path:
     """The first file called `name` or `name.yaml` below the roots; an absolute name is taken as is."""
     for root in roots:
-        for candidate in (root / name, root / f"{name}.yaml"):
-            if candidate.is_file():
-                return shorten(candidate)
+        for candidate in _spellings(name):
+            if (root / candidate).is_file():
+                return shorten(root / candidate)
     raise ConfigError(_not_found(name, roots))
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    return (name,) if name.endswith((".yaml", ".yml")) else (name, f"{name}.yaml")
 
 
 def shorten(path: Path) -> Path:
@@ -114,7 +118,7 @@ def _not_found(name: str, roots: Sequence[Path]) -> str:
     close = get_close_matches(name.removesuffix(".yaml"), sorted(known), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     where = ", ".join(dict.fromkeys(str(shorten(root)) for root in roots))
-    return f"no configuration file {name} or {name}.yaml in {where}{hint}"
+    return f"no configuration file {' or '.join(_spellings(name))} in {where}{hint}"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

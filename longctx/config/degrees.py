@@ -79,6 +79,7 @@ def memory(config: Config, degrees: ParallelConfig) -> MemoryEstimate:
         rank_tokens=rank_tokens(config, degrees),
         shards=degrees.fsdp,
         dtype=config.train.dtype,
+        tp=degrees.tp,
     )
 
 

@@ -64,6 +64,15 @@ def owner_of(name: str) -> str | None:
     return next((o for o in owners if o in keys and get_origin(keys[o].hint) is dict), None)
 
 
+def off_word(key: Key) -> str | None:
+    """The choice that YAML's `off` stands for, which it reads as false: `off`, or else `none`."""
+    hints = get_args(key.hint) or (key.hint,)
+    if bool in hints:
+        return None
+    choices = {choice for hint in (key.hint, *hints) if get_origin(hint) is Literal for choice in get_args(hint)}
+    return next((word for word in ("off", "none") if word in choices), None)
+
+
 def expected(key: Key) -> str:
     """What a key takes, in words: `an integer (8192, 8k or 1M) or auto`."""
     if get_origin(key.hint) is tuple:

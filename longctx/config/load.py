@@ -11,7 +11,7 @@ from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 from ..errors import ConfigError
 from . import units
 from .compose import CLONE_CONFIGS, Layer, covers, file_layers, override_layers
-from .keys import Key, all_keys, expected, owner_of, unknown_key
+from .keys import Key, all_keys, expected, off_word, owner_of, unknown_key
 from .schema import Config
 
 DEFAULT = "default"
@@ -93,11 +93,25 @@ def typed(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         raise ConfigError(_type_message(error, values, sources)) from error
 
 
+def _refused(values: Mapping[str, Any]) -> str:
+    """The first key whose value alone has the wrong type; empty: none."""
+    for key, value in values.items():
+        alone = OmegaConf.create()
+        OmegaConf.update(alone, key, value, force_add=True)
+        try:
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), alone))
+        except OmegaConfBaseException:
+            return key
+    return ""
+
+
 def _with_unit(key: Key, raw: Any, source: str) -> Any:
     if isinstance(raw, list) and key.unit is not None:
         return [_with_unit(key, each, source) for each in raw]
     if isinstance(raw, dict | list):
         return _text_keys(raw)
+    if raw is False:
+        return off_word(key) or raw
     if key.unit is None or not isinstance(raw, str) or raw == "auto" or "${" in raw:
         return raw
     try:
@@ -116,10 +130,15 @@ def _text_keys(raw: Any) -> Any:
 def _type_message(
     error: OmegaConfBaseException, values: Mapping[str, Any], sources: Mapping[str, str]
 ) -> str:
-    name = (error.full_key or "").partition("[")[0]  # an entry of a list: the list
-    if name not in values or isinstance(error, ConfigAttributeError):
-        return f"{name}: {str(error.msg or error).splitlines()[0]}" if name else str(error.msg or error)
+    inner = (error.full_key or "").partition("[")[0]  # an entry of a list: the list
+    # OmegaConf names no key for an entry of a list, and only the last word below a section in one.
+    name = inner if inner in values else _refused(values)
+    text = str(error.msg or error).splitlines()[0]
+    if not name:
+        return f"{inner}: {text}" if inner else text
     where = f"{name}={values[name]!r} ({sources[name]})"
-    if "nterpolation" in type(error).__name__:
-        return f"{where}: {str(error.msg).splitlines()[0]}"
+    if inner not in ("", name):
+        return f"{where}: {inner}: {text}"
+    if isinstance(error, ConfigAttributeError) or "nterpolation" in type(error).__name__:
+        return f"{where}: {text}"
     return f"{where}: expected {expected(all_keys()[name])}"

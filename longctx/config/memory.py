@@ -56,7 +56,7 @@ def vocab_estimate(model: ModelConfig, tokenizer: str) -> int:
 
 
 def estimate(
-    model: ModelConfig, *, vocab_size: int, rank_tokens: float, shards: int, dtype: str
+    model: ModelConfig, *, vocab_size: int, rank_tokens: float, shards: int, dtype: str, tp: int = 1
 ) -> MemoryEstimate:
     """Memory of one rank in bytes.
 
@@ -68,24 +68,29 @@ def estimate(
                 RoPE and v; gate, up, silu(gate) and their product.
     logits      per token V elements in compute type and two copies in at least float32.
 
+    With tp every term is divided by it (norms too, which stay whole but are negligible), but for
+    2 E per token and layer: a rank holds 1 / tp of the tokens between the matrices, and gathers all
+    of them as the input of attention and of the feed-forward.
+
     Args:
         model: shape of the model.
         vocab_size: rows of the embedding.
-        rank_tokens: tokens of a microbatch on this rank, microbatch_tokens / cp.
+        rank_tokens: tokens of a microbatch on this data rank, microbatch_tokens / cp.
         shards: ranks that share one copy of the state, dp_shard x cp.
         dtype: compute type.
+        tp: ranks that split every matrix.
     """
     item = ITEMSIZE[dtype]
     full = max(item, ITEMSIZE["float32"])
     tables = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
+    # With more ranks than key heads each rank still computes one of them.
+    heads = model.num_heads / tp + max(1.0, model.num_kv_heads / tp)
     elements = (
-        4 * model.hidden_size
-        + 3 * (model.num_heads + model.num_kv_heads) * model.head_dim
-        + 4 * model.ffn_size
+        2 * model.hidden_size * (1 + 1 / tp) + 3 * heads * model.head_dim + 4 * model.ffn_size / tp
     )
     return MemoryEstimate(
-        state=total_params(model, vocab_size) * 4 * full / shards,
-        gathered=2 * item * (2 * layer_params(model) + tables),
+        state=total_params(model, vocab_size) * 4 * full / (shards * tp),
+        gathered=2 * item * (2 * layer_params(model) + tables) / tp,
         activations=rank_tokens * model.num_layers * elements * item,
-        logits=rank_tokens * vocab_size * (item + 2 * full),
+        logits=rank_tokens * vocab_size * (item + 2 * full) / tp,
     )

@@ -60,8 +60,8 @@ def with_head_dim(config: RopeConfig, head_dim: int) -> RopeConfig:
     """
     if config.head_dim not in (0, head_dim):
         raise ConfigError(
-            f"rope.head_dim={config.head_dim} differs from model.head_dim={head_dim}; remove "
-            "rope.head_dim, or set rope.partial_rotary_factor to turn only some dims of a head"
+            f"model.rope.head_dim={config.head_dim} differs from model.head_dim={head_dim}; remove "
+            "model.rope.head_dim, or set model.rope.partial_rotary_factor to turn only some dims of a head"
         )
     return replace(config, head_dim=head_dim)
 
@@ -90,11 +90,15 @@ def check_rope(config: RopeConfig) -> None:
     if keys is None:
         close = get_close_matches(config.type, METHOD_KEYS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"rope.type={config.type!r} is unknown; {hint}Choose one of {_names(METHOD_KEYS)}")
+        raise ConfigError(
+            f"model.rope.type={config.type!r} is unknown; {hint}Choose one of {_names(METHOD_KEYS)}"
+        )
     _check_strays(config, keys)
     for name in sorted(keys.required):
         if getattr(config, name) in (None, ()):
-            raise ConfigError(f"rope.type={config.type} needs rope.{name}, which is not set; set it")
+            raise ConfigError(
+                f"model.rope.type={config.type} needs model.rope.{name}, which is not set; set it"
+            )
     _check_dims(config)
     _check_lengths(config)
     _check_values(config)
@@ -109,72 +113,89 @@ def _check_strays(config: RopeConfig, keys: Keys) -> None:
             continue
         readers = [name for name, k in METHOD_KEYS.items() if field.name in k.all]
         raise ConfigError(
-            f"rope.{field.name}={value} does not belong to rope.type={config.type}; "
-            f"remove it, or set rope.type to {_names(readers)}"
+            f"model.rope.{field.name}={value} does not belong to model.rope.type={config.type}; "
+            f"remove it, or set model.rope.type to {_names(readers)}"
         )
 
 
 def _check_dims(config: RopeConfig) -> None:
     if config.head_dim < 2 or config.head_dim % 2:
-        raise ConfigError(f"rope.head_dim={config.head_dim} must be even and at least 2: dims turn in pairs")
+        raise ConfigError(
+            f"model.rope.head_dim={config.head_dim} must be even and at least 2: dims turn in pairs"
+        )
     share = config.partial_rotary_factor
     if not 0.0 < share <= 1.0:
-        raise ConfigError(f"rope.partial_rotary_factor={share} is a share of a head; choose above 0 up to 1")
+        raise ConfigError(
+            f"model.rope.partial_rotary_factor={share} is a share of a head; choose above 0 up to 1"
+        )
     turning = int(config.head_dim * share)
     if config.type != "proportional" and (turning < 2 or turning % 2):
         raise ConfigError(
-            f"rope.partial_rotary_factor={share} turns {turning} of rope.head_dim={config.head_dim} dims, "
+            f"model.rope.partial_rotary_factor={share} turns {turning} of "
+            f"model.rope.head_dim={config.head_dim} dims, "
             "but dims turn in pairs; choose a share that makes an even number of at least 2"
         )
     wrong = [layer for layer in config.none_layers if layer < 0]
     if wrong:
-        raise ConfigError(f"rope.none_layers has {wrong[0]}; layers count from 0")
+        raise ConfigError(f"model.rope.none_layers has {wrong[0]}; layers count from 0")
 
 
 def _check_lengths(config: RopeConfig) -> None:
     original, target = config.original_len, config.target_len
     if not config.factor >= 1.0:
-        raise ConfigError(f"rope.factor={config.factor} = target / original length; set it to at least 1")
+        raise ConfigError(
+            f"model.rope.factor={config.factor} = target / original length; set it to at least 1"
+        )
     if original is not None and original < 1:
-        raise ConfigError(f"rope.original_len={original} tokens; set the length before extension")
+        raise ConfigError(f"model.rope.original_len={original} tokens; set the length before extension")
     if config.mixed_window and original is None:
-        raise ConfigError("rope.mixed_window needs rope.original_len, the longest document left as it was")
+        raise ConfigError(
+            "model.rope.mixed_window needs model.rope.original_len, the longest document left as it was"
+        )
     if target is None:
         return
     if original is None:
-        raise ConfigError(f"rope.target_len={target} needs rope.original_len, the length before extension")
+        raise ConfigError(
+            f"model.rope.target_len={target} needs model.rope.original_len, the length before extension"
+        )
     if target < original:
         raise ConfigError(
-            f"rope.target_len={target} is shorter than rope.original_len={original}; set it to at least "
-            f"{original}, or use rope.type=default for a shorter context"
+            f"model.rope.target_len={target} is shorter than "
+            f"model.rope.original_len={original}; set it to at least "
+            f"{original}, or use model.rope.type=default for a shorter context"
         )
     if config.factor not in (1.0, target / original):
         raise ConfigError(
-            f"rope.factor={config.factor} contradicts rope.target_len={target} / rope.original_len={original}"
+            f"model.rope.factor={config.factor} contradicts model.rope.target_len={target} "
+            f"/ model.rope.original_len={original}"
             f" = {target / original}; remove one of them"
         )
 
 
 def _check_values(config: RopeConfig) -> None:
     if not config.theta > 1.0:
-        raise ConfigError(f"rope.theta={config.theta} must exceed 1; usual bases are 10000 to 100000000")
+        raise ConfigError(
+            f"model.rope.theta={config.theta} must exceed 1; usual bases are 10000 to 100000000"
+        )
     for low, high, usual in (
         ("low_freq_factor", "high_freq_factor", "Llama 3 uses 1 and 4"),
         ("beta_slow", "beta_fast", "YaRN uses 1 and 32"),
     ):
         if not 0.0 < getattr(config, low) < getattr(config, high):
             raise ConfigError(
-                f"rope.{low}={getattr(config, low)} must be positive and below "
-                f"rope.{high}={getattr(config, high)}; {usual}"
+                f"model.rope.{low}={getattr(config, low)} must be positive and below "
+                f"model.rope.{high}={getattr(config, high)}; {usual}"
             )
     for name in ("attention_factor", "mscale", "mscale_all_dim", "low_ratio", "zero_ratio"):
         value = getattr(config, name)
         if value is not None and not value > 0.0:
-            raise ConfigError(f"rope.{name}={value} must be positive")
+            raise ConfigError(f"model.rope.{name}={value} must be positive")
     if not config.power >= 0.0:
-        raise ConfigError(f"rope.power={config.power} must be at least 0, which changes nothing")
+        raise ConfigError(f"model.rope.power={config.power} must be at least 0, which changes nothing")
     if (config.mscale is None) != (config.mscale_all_dim is None):
-        raise ConfigError("rope.mscale and rope.mscale_all_dim work as a pair; set both or neither")
+        raise ConfigError(
+            "model.rope.mscale and model.rope.mscale_all_dim work as a pair; set both or neither"
+        )
     if config.type == "abf":
         _check_base(config)
 
@@ -182,12 +203,14 @@ def _check_values(config: RopeConfig) -> None:
 def _check_base(config: RopeConfig) -> None:
     if config.extended_theta is None and config.target_len is None:
         raise ConfigError(
-            "rope.type=abf needs rope.extended_theta, the new base, or rope.original_len and "
-            "rope.target_len to take it from the scaling law"
+            "model.rope.type=abf needs model.rope.extended_theta, the new base, or "
+            "model.rope.original_len and "
+            "model.rope.target_len to take it from the scaling law"
         )
     if config.extended_theta is not None and not config.extended_theta >= config.theta:
         raise ConfigError(
-            f"rope.extended_theta={config.extended_theta} is below rope.theta={config.theta}; a longer "
+            f"model.rope.extended_theta={config.extended_theta} is below "
+            f"model.rope.theta={config.theta}; a longer "
             "context needs a larger base"
         )
 
@@ -198,12 +221,15 @@ def _check_vector(config: RopeConfig, name: str) -> None:
         return
     if len(values) != pairs:
         raise ConfigError(
-            f"rope.{name} has {len(values)} values, but {rotary_dim(config)} rotary dims make {pairs} pairs; "
+            f"model.rope.{name} has {len(values)} values, but {rotary_dim(config)} rotary "
+            f"dims make {pairs} pairs; "
             f"give {pairs} values, fastest pair first"
         )
     wrong = [value for value in values if not 0.0 < value < float("inf")]
     if wrong:
-        raise ConfigError(f"rope.{name} holds {wrong[0]}; every value divides a frequency and is positive")
+        raise ConfigError(
+            f"model.rope.{name} holds {wrong[0]}; every value divides a frequency and is positive"
+        )
 
 
 def _names(names: Iterable[str]) -> str:

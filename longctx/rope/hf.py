@@ -67,7 +67,7 @@ def from_hf(
     if nested:
         raise ConfigError(
             f"rope_parameters differ by layer type ({', '.join(nested)}); only one setting for all "
-            "layers is supported, with rope.none_layers for layers without"
+            "layers is supported, with model.rope.none_layers for layers without"
         )
     kind = str(given.get("rope_type", given.get("type", "default")))
     kind = OLD_NAMES.get(kind, kind)
@@ -129,8 +129,10 @@ def to_hf(config: RopeConfig, *, partial: bool = False) -> dict[str, Any]:
     check_rope(config)
     if config.partial_rotary_factor != 1.0 and config.type != "proportional" and not partial:
         raise ConfigError(
-            f"rope.partial_rotary_factor={config.partial_rotary_factor} turns the first dims of a head, "
-            "which this architecture does not do in transformers; use rope.type=proportional, or export "
+            f"model.rope.partial_rotary_factor={config.partial_rotary_factor} turns the "
+            f"first dims of a head, "
+            "which this architecture does not do in transformers; use "
+            "model.rope.type=proportional, or export "
             "to an architecture with partial rotary"
         )
     exported = _mixed(config) if config.mixed_window else _EXPORTS[config.type](config)
@@ -253,9 +255,10 @@ def _mixed(config: RopeConfig) -> dict[str, Any]:
     divisors, attention = _divisors(replace(config, mixed_window=False))
     if attention != 1.0:
         raise ConfigError(
-            f"rope.mixed_window=true with rope.type={config.type} has attention factor {attention:.4g} for "
+            f"model.rope.mixed_window=true with model.rope.type={config.type} has attention "
+            f"factor {attention:.4g} for "
             "long documents and 1 for short ones; transformers has one for both. Set "
-            "rope.attention_factor=1.0 before training, or export with rope.mixed_window=false"
+            "model.rope.attention_factor=1.0 before training, or export with model.rope.mixed_window=false"
         )
     return _longrope(config, [1.0] * len(divisors), divisors, 1.0)
 
@@ -280,8 +283,9 @@ def _divisors(config: RopeConfig) -> tuple[list[float], float]:
     if not bool(inv_freq.all()):
         pair = int((inv_freq == 0).nonzero()[0])
         raise ConfigError(
-            f"rope.type={config.type} stops pair {pair} of {rotary_dim(config) // 2}; no finite divisor in "
-            "transformers' longrope does that. Train with another rope.type to export"
+            f"model.rope.type={config.type} stops pair {pair} of {rotary_dim(config) // 2}; "
+            f"no finite divisor in "
+            "transformers' longrope does that. Train with another model.rope.type to export"
         )
     base, _ = rope_parameters(replace(original(config), type="default"))
     return (base / inv_freq).tolist(), attention
@@ -290,9 +294,10 @@ def _divisors(config: RopeConfig) -> tuple[list[float], float]:
 def _refuse(config: RopeConfig) -> dict[str, Any]:
     advice = {
         "none": "export to an architecture without rotary positions",
-        "dynamic_yarn": "fix the length: rope.type=yarn with rope.factor = that length / rope.original_len",
+        "dynamic_yarn": "fix the length: model.rope.type=yarn with model.rope.factor = that "
+        "length / model.rope.original_len",
     }
-    raise ConfigError(f"rope.type={config.type} has no form in transformers; {advice[config.type]}")
+    raise ConfigError(f"model.rope.type={config.type} has no form in transformers; {advice[config.type]}")
 
 
 _EXPORTS: Mapping[str, Callable[[RopeConfig], dict[str, Any]]] = {

@@ -2,11 +2,15 @@
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal
 
+from ..config.schema import Config, DegreesConfig
+
+DTYPES: tuple[Literal["float32", "float64"], ...] = ("float32", "float64")
 AXES = ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
 STEPS = 10
 """Optimizer steps that must stay together in float64."""
@@ -15,7 +19,7 @@ MICROBATCH = 256
 FACTORS: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         **{axis: (1, 2) for axis in AXES},
-        "dtype": ("float32", "float64"),
+        "dtype": DTYPES,
         "recompute": ("none", "full", 2),
         "batch": ("one", "three", "empty"),
         "model": ("tied", "untied"),
@@ -25,10 +29,12 @@ FACTORS: Mapping[str, tuple[object, ...]] = MappingProxyType(
 )
 """What a cell chooses: degrees, and how the step is computed."""
 
-_MODELS = {
-    "tied": ("model.tied_embeddings=true",),
-    "untied": ("model.tied_embeddings=false", "model.attention_bias=true", "model.qk_norm=true"),
-}
+MODELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "tied": {"tied_embeddings": True},
+        "untied": {"tied_embeddings": False, "attention_bias": True, "qk_norm": True},
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +43,9 @@ class Cell:
 
     degrees: tuple[int, ...]
     """Degree of each of `AXES`."""
-    dtype: str = "float64"
+    dtype: Literal["float32", "float64"] = "float64"
     """float32 or float64."""
-    recompute: str | int = "none"
+    recompute: int | Literal["none", "full"] = "none"
     """train.recompute."""
     batch: str = "one"
     """one or three microbatches a sequence group, or `empty`: two tokens in all."""
@@ -74,25 +80,42 @@ class Cell:
     @property
     def steps(self) -> int:
         """Optimizer steps to compare after the gradients."""
-        return STEPS if self.dtype == "float64" and self.batch == "three" else 0
+        return STEPS if self.dtype == "float64" and self.batch == "one" and self.reshard is True else 0
 
-    def overrides(self) -> list[str]:
-        """Keys on top of the self-test's base configuration."""
+    @property
+    def tokens(self) -> int:
+        """Token budget of a microbatch."""
+        return 2 if self.batch == "empty" else MICROBATCH
+
+    @property
+    def packs(self) -> int:
+        """Microbatches of a step over all sequence groups."""
         groups = self.degrees[0] * self.degrees[1]
-        tokens = 2 if self.batch == "empty" else MICROBATCH
-        packs = {"one": groups, "three": 3 * groups, "empty": 1}[self.batch]
-        degrees = [f"parallel.{axis}={n}" for axis, n in zip(AXES, self.degrees, strict=True)]
-        return [
-            *degrees,
-            *_MODELS[self.model],
-            f"parallel.reshard_after_forward={str(self.reshard).lower()}",
-            f"train.dtype={self.dtype}",
-            f"train.recompute={self.recompute}",
-            f"train.compile={str(self.compile).lower()}",
-            f"train.microbatch_tokens={tokens}",
-            f"train.global_batch_tokens={tokens * packs}",
-            f"data.seq_len={tokens}",
-        ]
+        return {"one": groups, "three": 3 * groups, "empty": 1}[self.batch]
+
+    @property
+    def computes(self) -> tuple[object, ...]:
+        """What one process computes for it; cells with the same share a reference."""
+        return self.dtype, self.model, self.tokens, self.packs, self.steps
+
+    def config(self, base: Config) -> Config:
+        """`base` with what the cell chooses."""
+        degrees = dict(zip(AXES, self.degrees, strict=True))
+        train = replace(
+            base.train,
+            dtype=self.dtype,
+            recompute=self.recompute,
+            compile=self.compile,
+            microbatch_tokens=self.tokens,
+            global_batch_tokens=self.tokens * self.packs,
+        )
+        return replace(
+            base,
+            model=replace(base.model, **MODELS[self.model]),
+            data=replace(base.data, seq_len=self.tokens),
+            parallel=DegreesConfig(**degrees, reshard_after_forward=self.reshard),
+            train=train,
+        )
 
     def legal(self, processes: int) -> bool:
         """Whether it fits the processes and asks for something that exists."""
@@ -125,7 +148,7 @@ def layouts(processes: int) -> Iterator[tuple[int, ...]]:
 def matrix(processes: int) -> list[Cell]:
     """The whole matrix: every layout, both dtypes, recomputation, accumulation, empty shares, resharding."""
     cells = []
-    for degrees, dtype in product(layouts(processes), ("float32", "float64")):
+    for degrees, dtype in product(layouts(processes), DTYPES):
         cells += [
             Cell(degrees=degrees, dtype=dtype, batch="three", model="untied"),
             Cell(degrees=degrees, dtype=dtype, batch="one", recompute="full"),

@@ -5,18 +5,17 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import HashStore, PrefixStore
+from torch.distributed import PrefixStore
 
-from ..build import World, build
+from ..build import Run, World, build
 from ..config.check import resolve
 from ..config.load import load
-from ..config.schema import Config, DegreesConfig
+from ..config.schema import Config
 from ..train.schedule import learning_rate
 from ..train.step import train_step
-from ..train.verify import Reference, differences, tolerance_of
-from .cells import AXES, Cell
+from ..train.verify import Reference, build_alone, compare, reference_of, tolerance_of
+from .cells import Cell
 
-CELL_TIMEOUT_S = 120.0
 _BASE = {
     "run.seed": 1,
     "data.held_out": 0.1,
@@ -36,7 +35,7 @@ _BASE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a cell showed; the same on every rank that took part."""
+    """What a cell showed; equal on all ranks, but for the steps, which only rank 0 judges."""
 
     cell: Cell
     """The combination."""
@@ -55,8 +54,18 @@ class Result:
         return self.error <= self.tolerance and self.steps_error <= self.tolerance
 
 
-def cell_config(cell: Cell, folder: Path, device: str) -> Config:
-    """The resolved configuration of a cell on a corpus below `folder`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alone:
+    """What one process computes; on rank 0."""
+
+    reference: Reference
+    """Loss, logits and gradients of the first step."""
+    losses: list[float]
+    """Loss and gradient norm of each of the steps."""
+
+
+def base_config(folder: Path, device: str) -> Config:
+    """What all cells have in common: the model and a corpus below `folder`."""
     where = {
         "run.dir": folder / "run",
         "data.path": folder / "docs",
@@ -64,8 +73,7 @@ def cell_config(cell: Cell, folder: Path, device: str) -> Config:
         "run.device": device,
         "run.device_memory": 0,
     }
-    values = [f"{key}={value}" for key, value in (_BASE | where).items()]
-    return resolve(load([], [*values, *cell.overrides()]).config, cell.size, device)
+    return load([], [f"{key}={value}" for key, value in (_BASE | where).items()]).config
 
 
 def run_cells(cells: Sequence[Cell], folder: Path, world: World) -> Iterator[Result]:
@@ -79,61 +87,56 @@ def run_cells(cells: Sequence[Cell], folder: Path, world: World) -> Iterator[Res
     Yields:
         A result per cell that this rank takes part in.
     """
-    references: dict[tuple[str, ...], tuple[Reference | None, list[float]]] = {}
+    base = base_config(folder, world.device.type)
+    known: dict[tuple[object, ...], Alone] = {}
     for index, cell in enumerate(cells):
         key = f"selftest-{index}"
         if world.rank < cell.size:
+            config = resolve(cell.config(base), cell.size, world.device.type)
+            if world.rank == 0 and cell.computes not in known:
+                known[cell.computes] = _run_alone(config, world, cell.steps)
             store = PrefixStore(key, world.store)
-            yield _run_cell(cell, folder, replace(world, size=cell.size, store=store), references)
+            yield _run_cell(
+                cell, config, replace(world, size=cell.size, store=store), known.get(cell.computes)
+            )
         if world.rank == 0:
             world.store.set(key, "done")
         world.store.wait([key], timedelta(seconds=world.timeout_s))
 
 
-def _run_cell(
-    cell: Cell,
-    folder: Path,
-    world: World,
-    references: dict[tuple[str, ...], tuple[Reference | None, list[float]]],
-) -> Result:
-    config = cell_config(cell, folder, world.device.type)
-    alone = _alone(config)
-    # What one process computes does not depend on the degrees: equal cells share it.
-    key = (*(o for o in cell.overrides() if not o.startswith("parallel.")), str(cell.steps))
-    known, expected = references.get(key, (None, []))
-    found, reference = differences(config, world, known)
-    if world.rank == 0 and key not in references and cell.steps:
-        single = replace(world, rank=0, size=1, store=HashStore(), epoch=0)
-        expected = _losses(alone, single, cell.steps)
-    references[key] = (reference, expected)
+def _run_alone(config: Config, world: World, steps: int) -> Alone:
+    run = build_alone(config, world)
+    try:
+        reference = reference_of(run)
+        return Alone(reference=reference, losses=_losses(run, steps))
+    finally:
+        run.close()
+
+
+def _run_cell(cell: Cell, config: Config, world: World, alone: Alone | None) -> Result:
+    run = build(config, world)
+    try:
+        found = compare(run, alone.reference if alone else None)
+        losses = _losses(run, cell.steps)
+    finally:
+        run.close()
     worst = max(found, key=lambda d: d.error)
-    steps_error = 0.0
-    if cell.steps:
-        losses = _losses(config, replace(world, epoch=7), cell.steps)
-        if world.rank == 0:
-            steps_error = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    expected = alone.losses if alone else losses
+    errors = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
     return Result(
         cell=cell,
         error=worst.error,
         tensor=worst.name,
-        steps_error=steps_error,
+        steps_error=max(errors, default=0.0),
         tolerance=tolerance_of(config),
     )
 
 
-def _alone(config: Config) -> Config:
-    degrees = DegreesConfig(**dict.fromkeys(AXES, 1))
-    return replace(config, parallel=degrees, train=replace(config.train, compile=False, recompute="none"))
-
-
-def _losses(config: Config, world: World, steps: int) -> list[float]:
-    """Loss and gradient norm of each of the first steps."""
-    run = build(config, world)
-    try:
-        values = []
-        for step in range(steps):
-            result = train_step(run, learning_rate(step, config.train))
-            values += [result.loss, result.grad_norm]
-        return values
-    finally:
-        run.close()
+def _losses(run: Run, steps: int) -> list[float]:
+    """Loss and gradient norm of each of the first steps, whatever gradients a comparison left behind."""
+    run.optimizer.zero_grad()
+    values = []
+    for step in range(steps):
+        result = train_step(run, learning_rate(step, run.config.train))
+        values += [result.loss, result.grad_norm]
+    return values

@@ -58,6 +58,7 @@ def train(config: Config, world: World) -> int:
     stop = StopRequest()
     try:
         run = build(config, world)
+        folder.resolved(run.config)
         session = _open(run, folder, stop)
         try:
             code = _steps(session)

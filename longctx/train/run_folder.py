@@ -35,8 +35,13 @@ class RunFolder:
         if rank == 0:
             self._describe(config)
 
+    def resolved(self, config: Config) -> None:
+        """Write config.resolved.yaml; again once the tokenizer has given the vocabulary its size."""
+        if self._rank == 0:
+            write_text(self.path / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
+
     def _describe(self, config: Config) -> None:
-        write_text(self.path / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
+        self.resolved(config)
         write_text(self.path / "cmd.txt", shlex.join(sys.orig_argv) + "\n")
         write_text(self.path / "env.json", json.dumps(environment(), indent=1))
         (self.path / SUMMARY).unlink(missing_ok=True)

@@ -6,7 +6,6 @@ model is named, with its pipeline stage and the rank whose share differs most.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,31 +66,33 @@ def verify(config: Config, world: World) -> int:
         0 when everything agrees within the tolerance of the dtype, else 1.
     """
     config = _reduced(config, world)
-    found, _ = differences(config, world)
+    found = differences(config, world)
     tolerance = tolerance_of(config)
     if world.rank == 0:
         _print(found, tolerance, config)
     return int(any(not d.error <= tolerance for d in found))
 
 
-def differences(
-    config: Config, world: World, reference: Reference | None = None
-) -> tuple[list[Difference], Reference | None]:
+def differences(config: Config, world: World) -> list[Difference]:
     """Compare every tensor of the first step.
 
     Args:
         config: resolved for `world.size`.
         world: this process among the others.
-        reference: what one process computes, if rank 0 knows it already.
 
     Returns:
-        The differences, and the reference on rank 0.
+        The differences, equal on all ranks.
     """
-    if reference is None and world.rank == 0:
-        reference = _reference(config, world)
+    reference = None
+    if world.rank == 0:
+        run = build_alone(config, world)
+        try:
+            reference = reference_of(run)
+        finally:
+            run.close()
     run = build(config, replace(world, epoch=world.epoch + 1))
     try:
-        return list(_compare(run, reference)), reference
+        return compare(run, reference)
     finally:
         run.close()
 
@@ -129,18 +130,20 @@ def _fitting_layers(config: Config, limit_bytes: float) -> int:
     return 1
 
 
-def _reference(config: Config, world: World) -> Reference:
+def build_alone(config: Config, world: World) -> Run:
+    """The same run in one process, without any axis, recomputation or compilation."""
     alone = World(rank=0, size=1, device=world.device, store=HashStore(), timeout_s=world.timeout_s)
     plain = replace(config.train, recompute="none", compile=False)
     degrees, groups = DegreesConfig(dp_shard=1, ring=1, ulysses=1), StepPlanConfig(groups="static")
-    run = build(replace(config, parallel=degrees, step_plan=groups, train=plain), alone)
-    try:
-        with fsdp.forward_only(run.model):
-            logits = run.forward(_first_batch(run))[0][: _logit_rows(run)].clone()
-        loss, tokens = backward(run, run.loader.step(0)).tolist()
-        gradients = {name: _gradient(p).full_tensor().clone() for name, p in run.model.named_parameters()}
-    finally:
-        run.close()
+    return build(replace(config, parallel=degrees, step_plan=groups, train=plain), alone)
+
+
+def reference_of(run: Run) -> Reference:
+    """What a run of one process computes in its first step."""
+    with fsdp.forward_only(run.model):
+        logits = run.forward(_first_batch(run))[0][: _logit_rows(run)].clone()
+    loss, tokens = backward(run, run.loader.step(0)).tolist()
+    gradients = {name: _gradient(p).full_tensor().clone() for name, p in run.model.named_parameters()}
     return Reference(loss=loss / max(1, tokens), logits=logits, gradients=gradients)
 
 
@@ -154,29 +157,44 @@ def _logit_rows(run: Run) -> int:
     return max(1, LOGIT_BYTES // (8 * int(run.config.model.vocab_size)))
 
 
-def _compare(run: Run, reference: Reference | None) -> Iterator[Difference]:
-    """Differences in the order in which a wrong value shows itself: forward, then backward."""
+def compare(run: Run, reference: Reference | None) -> list[Difference]:
+    """Differences in the order in which a wrong value shows itself: forward, then backward.
+
+    Args:
+        run: on all ranks; its gradients are those of its first step afterwards.
+        reference: what one process computes, on rank 0.
+    """
     first = _first_batch(run)
     with fsdp.forward_only(run.model):
         logits, _, layout = run.forward(first)
     loss_sum, tokens = backward(run, run.loader.step(0)).tolist()
-    yield _loss_difference(run, reference, loss_sum / max(1, tokens))
-    yield _logit_difference(run, reference, logits, layout.token_index)
+    mine = [
+        _loss_error(run, reference, loss_sum / max(1, tokens)),
+        _logit_error(run, reference, logits, layout.token_index),
+    ]
     floor = _floor(run, reference)
     for name, parameter in reversed(list(run.model.named_parameters())):
-        yield _gradient_difference(run, reference, name, parameter, floor=floor)
+        mine.append(_gradient_error(run, reference, name, parameter, floor=floor))
+    everyone = comm.gather_json(mine, group=run.mesh.group("world"))
+    return [_worst(run, [errors[index] for errors in everyone]) for index in range(len(mine))]
 
 
-def _loss_difference(run: Run, reference: Reference | None, loss: float) -> Difference:
+def _worst(run: Run, errors: list[tuple[str, float, float]]) -> Difference:
+    rank = max(range(len(errors)), key=lambda r: errors[r][1])
+    name, error, scale = errors[rank]
+    return Difference(name=name, error=error, scale=scale, rank=rank, stage=run.mesh.coordinate("pp"))
+
+
+def _loss_error(run: Run, reference: Reference | None, loss: float) -> tuple[str, float, float]:
     expected = torch.tensor([reference.loss if reference else 0.0], dtype=torch.float64)
     expected = comm.broadcast(expected.to(run.world.device), src=0, group=run.mesh.group("world"))
     found = torch.tensor([loss], dtype=torch.float64, device=expected.device)
-    return _difference(run, "loss", found, expected, scale=float(expected.abs().max()))
+    return _error("loss", found, expected, scale=float(expected.abs().max()))
 
 
-def _logit_difference(
+def _logit_error(
     run: Run, reference: Reference | None, logits: torch.Tensor, index: torch.Tensor
-) -> Difference:
+) -> tuple[str, float, float]:
     rows = min(_logit_rows(run), _first_batch(run).num_tokens)
     vocab_size = int(run.config.model.vocab_size)
     expected = reference.logits if reference else logits.new_empty(rows, vocab_size)
@@ -185,22 +203,19 @@ def _logit_difference(
     shard = run.vocab_shard
     columns = slice(shard.first, shard.first + shard.size) if shard else slice(None)
     mine = expected[index[held].to(expected.device), columns]
-    scale = float(expected.abs().max())
-    return _difference(run, "logits", logits[held.to(logits.device)], mine, scale=scale)
+    return _error("logits", logits[held.to(logits.device)], mine, scale=float(expected.abs().max()))
 
 
-def _gradient_difference(
+def _gradient_error(
     run: Run, reference: Reference | None, name: str, parameter: torch.nn.Parameter, *, floor: float
-) -> Difference:
+) -> tuple[str, float, float]:
     found = _gradient(parameter)
     whole = reference.gradients[name] if reference else torch.empty(found.shape, dtype=found.dtype)
     # The parameter's mesh may leave rank 0 out (another tp rank's copy): all ranks get the whole.
     whole = comm.broadcast(whole.to(run.world.device), src=0, group=run.mesh.group("world"))
     expected = distribute_tensor(whole, found.device_mesh, found.placements, src_data_rank=None)
-    biggest = torch.tensor(float(whole.abs().max()) if reference else 0.0, dtype=torch.float64)
-    biggest = comm.all_reduce(biggest.to(run.world.device), group=run.mesh.group("world"), op="max")
-    scale = max(float(biggest), floor)
-    return _difference(run, f"gradient of {name}", found.to_local(), expected.to_local(), scale=scale)
+    scale = max(float(whole.abs().max()), floor)
+    return _error(f"gradient of {name}", found.to_local(), expected.to_local(), scale=scale)
 
 
 def _floor(run: Run, reference: Reference | None) -> float:
@@ -213,15 +228,12 @@ def _floor(run: Run, reference: Reference | None) -> float:
     return FLOOR * float(comm.all_reduce(shared, group=run.mesh.group("world"), op="max"))
 
 
-def _difference(
-    run: Run, name: str, found: torch.Tensor, expected: torch.Tensor, *, scale: float
-) -> Difference:
-    """This rank's largest error against the others'; NaN counts as the largest of all."""
+def _error(
+    name: str, found: torch.Tensor, expected: torch.Tensor, *, scale: float
+) -> tuple[str, float, float]:
+    """Name, this rank's largest error over the scale, scale; NaN counts as the largest of all."""
     local = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
-    error = float(local.max()) / (scale or 1.0) if local.numel() else 0.0
-    errors = comm.gather_json(error, group=run.mesh.group("world"))
-    rank = max(range(len(errors)), key=lambda r: errors[r])
-    return Difference(name=name, error=errors[rank], scale=scale, rank=rank, stage=run.mesh.coordinate("pp"))
+    return name, float(local.max()) / (scale or 1.0) if local.numel() else 0.0, scale
 
 
 def _gradient(parameter: torch.nn.Parameter) -> DTensor:

@@ -282,3 +282,28 @@ def test_mixed_windows_train():
 def test_evaluation_keys_are_checked(keys, words):
     with pytest.raises(ConfigError, match=words):
         resolve(load(["quickstart"], keys.split(" ")).config, 1, "cpu")
+
+
+def test_tensor_parallel_ranks_hold_their_share_of_every_term():
+    def need(tp, tokens=131072):
+        return estimate(
+            LLAMA.model, vocab_size=128256, rank_tokens=tokens, shards=8, dtype="bfloat16", tp=tp
+        )
+
+    one, two = need(1), need(2)
+    for term in ("state", "gathered", "logits"):
+        assert getattr(two, term) == getattr(one, term) / 2
+    # Of each token's elements only the two gathered inputs of E channels stay whole.
+    model = LLAMA.model
+    whole = 131072 * model.num_layers * 2 * model.hidden_size * 2
+    assert two.activations - whole == (one.activations - whole) / 2
+    # 16 ranks and 8 key heads: each rank still computes one.
+    assert need(16).activations > one.activations / 16 + whole * 15 / 16
+
+
+def test_tensor_parallel_degrees_count_when_auto_degrees_must_fit():
+    overrides = ("data.seq_len=64k", "train.global_batch_tokens=64k", "run.device_memory=64GiB")
+    config = load(["quickstart"], ["compose+=model/llama3-8b", *overrides, "parallel.tp=8"]).config
+    assert degrees(config, 8) == (1, 1, 1)
+    with pytest.raises(ConfigError, match="needs about"):
+        resolve(replace(config, parallel=replace(config.parallel, tp=1, dp_shard=8, ring=1, ulysses=1)), 8, "cuda")

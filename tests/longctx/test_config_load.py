@@ -222,3 +222,30 @@ def test_every_key_has_a_value_and_every_field_a_description():
         cls = getattr(schema, node.name)
         assert is_dataclass(cls)
         assert described == {field.name for field in fields(cls)}, node.name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.rope.none_layers=[a]", ["model.rope.none_layers=['a']", "a list, each an integer"]),
+        ("model.rope.short_factor=[1.0, x]", ["model.rope.short_factor", "a list, each a number"]),
+        ("data.sources=[{name: a, weight: x}]", ["data.sources=", "weight", "'x'"]),
+    ],
+)
+def test_a_wrong_entry_of_a_list_names_its_key(override, words):
+    message = refusal(override)
+    assert all(word in message for word in words)
+    assert "$VALUE" not in message
+
+
+def test_yaml_off_is_the_choice_off_or_none(tmp_path):
+    (tmp_path / "mine.yaml").write_text("metrics: {wandb: off}\ncurriculum: {kind: off}\nrun: {resume: off}\n")
+    config = load([str(tmp_path / "mine.yaml")], ["train.recompute=off"]).config
+    assert (config.metrics.wandb, config.curriculum.kind, config.train.recompute) == ("off", "none", "none")
+    assert config.run.resume is False
+    assert "run.device_memory=False" in refusal("run.device_memory=off")
+
+
+def test_a_missing_file_is_named_as_it_was_written():
+    assert "file nope.yaml in" in refusal(files=("nope.yaml",))
+    assert "file nope or nope.yaml in" in refusal(files=("nope",))

@@ -306,7 +306,7 @@ def test_registry_and_keys_name_the_same_methods():
     ],
 )
 def test_refusals_name_the_key(keys, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message.replace("rope.", "model.rope.")):
         rope_parameters(RopeConfig(**{"head_dim": 64, **keys}))
 
 
