@@ -1,6 +1,7 @@
 """The one order in which a model is made parallel; later axes join this list.
 
-tensor -> checkpointing -> compile -> FSDP -> pipeline.
+tensor -> compile -> checkpointing -> FSDP -> pipeline. A compiled block has gaps (communication stays
+out of its graphs), and torch compiles nothing inside a checkpoint with gaps: so checkpointing goes around.
 """
 
 from collections.abc import Iterable
@@ -46,7 +47,7 @@ def parallelize(
     """
     blocks = list(blocks)
     split(model, blocks, mesh=mesh)
-    recompute(blocks, block_policy.recompute_every)
     if block_policy.compile:
         compile_blocks(blocks)
+    recompute(blocks, block_policy.recompute_every)
     fsdp.shard(model, blocks, mesh=mesh, policy=policy)

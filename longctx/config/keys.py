@@ -69,7 +69,9 @@ def off_word(key: Key) -> str | None:
     hints = get_args(key.hint) or (key.hint,)
     if bool in hints:
         return None
-    choices = {choice for hint in (key.hint, *hints) if get_origin(hint) is Literal for choice in get_args(hint)}
+    choices = {
+        choice for hint in (key.hint, *hints) if get_origin(hint) is Literal for choice in get_args(hint)
+    }
     return next((word for word in ("off", "none") if word in choices), None)
 
 

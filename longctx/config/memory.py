@@ -85,9 +85,7 @@ def estimate(
     tables = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     # With more ranks than key heads each rank still computes one of them.
     heads = model.num_heads / tp + max(1.0, model.num_kv_heads / tp)
-    elements = (
-        2 * model.hidden_size * (1 + 1 / tp) + 3 * heads * model.head_dim + 4 * model.ffn_size / tp
-    )
+    elements = 2 * model.hidden_size * (1 + 1 / tp) + 3 * heads * model.head_dim + 4 * model.ffn_size / tp
     return MemoryEstimate(
         state=total_params(model, vocab_size) * 4 * full / (shards * tp),
         gathered=2 * item * (2 * layer_params(model) + tables) / tp,

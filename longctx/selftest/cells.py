@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ..config.schema import Config, DegreesConfig
 
-DTYPES: tuple[Literal["float32", "float64"], ...] = ("float32", "float64")
+Dtype = Literal["float32", "float64", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "float64")
 AXES = ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
 STEPS = 10
 """Optimizer steps that must stay together in float64."""
@@ -43,8 +44,8 @@ class Cell:
 
     degrees: tuple[int, ...]
     """Degree of each of `AXES`."""
-    dtype: Literal["float32", "float64"] = "float64"
-    """float32 or float64."""
+    dtype: Dtype = "float64"
+    """float32, float64, or bfloat16 with float32 reductions."""
     recompute: int | Literal["none", "full"] = "none"
     """train.recompute."""
     batch: str = "one"
@@ -158,10 +159,20 @@ def matrix(processes: int) -> list[Cell]:
     return [cell for cell in cells if cell.legal(processes)]
 
 
+def rounded(processes: int) -> list[Cell]:
+    """Every layout in bfloat16, as GPUs train: the difference is bounded by its rounding."""
+    cells = [Cell(degrees=degrees, dtype="bfloat16", batch="three") for degrees in layouts(processes)]
+    return [cell for cell in cells if cell.legal(processes)]
+
+
 def compiled(processes: int) -> list[Cell]:
-    """Three layouts with compiled blocks; they take minutes."""
-    degrees = [(1, 1, 1, 1, 2), (1, 1, 1, 2, 1), (1, 2, 2, 1, 1)]
-    cells = [Cell(degrees=d, compile=True, recompute="full", batch="three") for d in degrees]
+    """Three layouts with compiled blocks, one in float32; they take minutes."""
+    chosen: list[tuple[tuple[int, ...], Dtype]] = [
+        ((1, 1, 1, 1, 2), "float64"),
+        ((1, 1, 1, 2, 1), "float32"),
+        ((1, 2, 2, 1, 1), "float64"),
+    ]
+    cells = [Cell(degrees=d, dtype=t, compile=True, recompute="full", batch="three") for d, t in chosen]
     return [cell for cell in cells if cell.legal(processes)]
 
 

@@ -13,9 +13,12 @@ from ..config.load import load
 from ..config.schema import Config
 from ..train.schedule import learning_rate
 from ..train.step import train_step
-from ..train.verify import Reference, build_alone, compare, reference_of, tolerance_of
+from ..train.verify import Reference, build_alone, compare, reference_of
 from .cells import Cell
+from .result import Result
 
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 0.05}
+"""Largest difference over a tensor's scale. bfloat16 has 8 bits: a bound on rounding, not a proof."""
 _BASE = {
     "run.seed": 1,
     "data.held_out": 0.1,
@@ -31,27 +34,6 @@ _BASE = {
     "train.warmup_steps": 2,
     "train.eval_tokens": 0,
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """What a cell showed; equal on all ranks, but for the steps, which only rank 0 judges."""
-
-    cell: Cell
-    """The combination."""
-    error: float
-    """Largest difference of loss, logits or a gradient, over its tensor's scale."""
-    tensor: str
-    """Where it is."""
-    steps_error: float
-    """Largest relative difference of loss or gradient norm over the optimizer steps; 0 without any."""
-    tolerance: float
-    """The most that either may be."""
-
-    @property
-    def good(self) -> bool:
-        """Whether the cell equals one process (a NaN does not)."""
-        return self.error <= self.tolerance and self.steps_error <= self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +110,7 @@ def _run_cell(cell: Cell, config: Config, world: World, alone: Alone | None) -> 
         error=worst.error,
         tensor=worst.name,
         steps_error=max(errors, default=0.0),
-        tolerance=tolerance_of(config),
+        tolerance=TOLERANCES[cell.dtype],
     )
 
 

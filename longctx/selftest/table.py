@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from ..config.check import resolve
 from ..config.load import load
 from ..errors import ConfigError
-from .run import Result
+from .result import Result
 
 REFUSED = {
     "pp x any axis": (2, ["parallel.pp=2", "parallel.dp_shard=1"]),
@@ -64,13 +64,13 @@ def page(results: Sequence[Result], *, where: str, commit: str) -> str:
         "",
         "A two-layer model on packed documents with a long tail of lengths. Loss, logits and every",
         "parameter's gradient: largest difference over the tensor's scale (floored at 1e-3 of the",
-        "median scale). Allowed: 1e-5 in float32, 1e-10 in float64. Ten steps: largest relative",
-        "difference of loss or gradient norm over ten optimizer steps in float64.",
+        "median scale). Allowed: 1e-5 in float32, 1e-10 in float64, 0.05 in bfloat16. Ten steps: largest",
+        "relative difference of loss or gradient norm over ten optimizer steps in float64.",
         "",
         f"{len(results)} cells, {len(results) - len(bad)} equal, {len(bad)} not.",
         "",
-        "| layout | processes | cells | float32 | float64 | ten steps | |",
-        "|---|---|---|---|---|---|---|",
+        "| layout | processes | cells | float32 | float64 | bfloat16 | ten steps | |",
+        "|---|---|---|---|---|---|---|---|",
         *(_row(layout, [r for r in results if r.cell.layout == layout]) for layout in _layouts(results)),
         "",
         "Cells of a layout: both dtypes, recomputation none/full/every second block, one and three",
@@ -94,7 +94,7 @@ def _layouts(results: Iterable[Result]) -> list[str]:
 
 
 def _row(layout: str, results: Sequence[Result]) -> str:
-    worst = {d: [r.error for r in results if r.cell.dtype == d] for d in ("float32", "float64")}
+    worst = {d: [r.error for r in results if r.cell.dtype == d] for d in ("float32", "float64", "bfloat16")}
     steps = [r.steps_error for r in results if r.cell.steps]
     figures = [f"{max(v):.1e}" if v else "-" for v in (*worst.values(), steps)]
     compiled = " (compiled too)" if any(r.cell.compile for r in results) else ""

@@ -286,9 +286,7 @@ def test_evaluation_keys_are_checked(keys, words):
 
 def test_tensor_parallel_ranks_hold_their_share_of_every_term():
     def need(tp, tokens=131072):
-        return estimate(
-            LLAMA.model, vocab_size=128256, rank_tokens=tokens, shards=8, dtype="bfloat16", tp=tp
-        )
+        return estimate(LLAMA.model, vocab_size=128256, rank_tokens=tokens, shards=8, dtype="bfloat16", tp=tp)
 
     one, two = need(1), need(2)
     for term in ("state", "gathered", "logits"):
@@ -302,8 +300,10 @@ def test_tensor_parallel_ranks_hold_their_share_of_every_term():
 
 
 def test_tensor_parallel_degrees_count_when_auto_degrees_must_fit():
-    overrides = ("data.seq_len=64k", "train.global_batch_tokens=64k", "run.device_memory=64GiB")
+    overrides = ("data.seq_len=32k", "train.global_batch_tokens=32k", "run.device_memory=64GiB")
     config = load(["quickstart"], ["compose+=model/llama3-8b", *overrides, "parallel.tp=8"]).config
     assert degrees(config, 8) == (1, 1, 1)
     with pytest.raises(ConfigError, match="needs about"):
-        resolve(replace(config, parallel=replace(config.parallel, tp=1, dp_shard=8, ring=1, ulysses=1)), 8, "cuda")
+        resolve(
+            replace(config, parallel=replace(config.parallel, tp=1, dp_shard=8, ring=1, ulysses=1)), 8, "cuda"
+        )

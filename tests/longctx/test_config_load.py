@@ -239,7 +239,9 @@ def test_a_wrong_entry_of_a_list_names_its_key(override, words):
 
 
 def test_yaml_off_is_the_choice_off_or_none(tmp_path):
-    (tmp_path / "mine.yaml").write_text("metrics: {wandb: off}\ncurriculum: {kind: off}\nrun: {resume: off}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "metrics: {wandb: off}\ncurriculum: {kind: off}\nrun: {resume: off}\n"
+    )
     config = load([str(tmp_path / "mine.yaml")], ["train.recompute=off"]).config
     assert (config.metrics.wandb, config.curriculum.kind, config.train.recompute) == ("off", "none", "none")
     assert config.run.resume is False
