@@ -19,6 +19,7 @@ from parallel.attention import make_attention
 from parallel.fsdp import FsdpPolicy
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
+from parallel.noise import TokenNoise
 from parallel.planner.sequence import split_degree
 from parallel.tensor.vocabulary import VocabShard
 
@@ -115,8 +116,14 @@ class Run:
             kind=self.config.attention.layout,
         )
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, LocalBatch, SequenceLayout]:
+    def forward(
+        self, batch: PackedBatch, *, training: bool = False
+    ) -> tuple[torch.Tensor, LocalBatch, SequenceLayout]:
         """This rank's share of a packed batch through the model.
+
+        Args:
+            batch: whole.
+            training: whether dropout applies, with the mask of the step that is under way.
 
         Returns:
             logits [t, V] (with tp this rank's columns of V), the share [t], and the layout that says
@@ -124,8 +131,16 @@ class Run:
         """
         layout = self.layout(batch.cu_seqlens, batch.degree)
         local = batch.take(layout.token_index).to(self.world.device)
-        logits = self.model(local.input_ids, local.position_ids, local.rope_id, layout=layout)
+        noise = self._noise(batch, layout) if training else TokenNoise.none()
+        logits = self.model(local.input_ids, local.position_ids, local.rope_id, layout=layout, noise=noise)
         return logits, local, layout
+
+    def _noise(self, batch: PackedBatch, layout: SequenceLayout) -> TokenNoise:
+        rate = self.config.model.dropout
+        if not rate:
+            return TokenNoise.none()
+        token_id = batch.token_id()[layout.token_index].to(self.world.device)
+        return TokenNoise.of(token_id, seed=self.config.run.seed, step=self.progress.step, rate=rate)
 
     def _split(self, degree: int) -> tuple[int, int]:
         model = self.config.model

@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
+from .noise import TokenDropout
 from .tensor.tokens import Exchange
 
 
 def recompute(blocks: Sequence[nn.Module], every: int) -> None:
     """Keep only the input of every n-th block and compute its inside again in backward.
 
-    Nothing in a block draws from a random generator, so there is no generator state to keep.
+    Nothing in a block draws from a random generator (dropout hashes tokens): there is no state to keep.
 
     Args:
         blocks: in order.
@@ -32,19 +33,20 @@ def recompute(blocks: Sequence[nn.Module], every: int) -> None:
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block for any number of tokens; communication and attention stay outside the graphs.
+    """Compile each block for any number of tokens; communication, attention and dropout stay outside the graphs.
 
     Planning an exchange is Python over the microbatch's documents: a graph that followed it would be
     compiled again for every microbatch.
 
     Cost: the first forward and backward take seconds to minutes.
     """
-    # Graphs of a model that was built before in this process belong to other tensors.
+    # torch keeps at most 8 graphs for one piece of code (recompile_limit), and all models of a process
+    # share this code: after a few builds it would quietly run everything uncompiled.
     torch.compiler.reset()
     for block in blocks:
         for module in block.modules():
-            if isinstance(module, Exchange):
-                module.forward = _outside(module.forward)
+            if isinstance(module, Exchange | TokenDropout):
+                module.__dict__["forward"] = _outside(module.forward)
             for name, value in list(vars(module).items()):
                 if isinstance(value, Attention):
                     setattr(module, name, _outside(value))
@@ -52,5 +54,5 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _outside(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    kept: Callable[..., torch.Tensor] = torch.compiler.disable(function, reason="communicates")
+    kept: Callable[..., torch.Tensor] = torch.compiler.disable(function, reason="not in a graph")
     return kept

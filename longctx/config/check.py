@@ -133,7 +133,7 @@ _LOWEST = {
     "train.weight_decay": 0,
     "checkpoint.every": 0,
 }
-_BELOW_ONE = ("data.held_out", "train.beta1", "train.beta2")
+_BELOW_ONE = ("data.held_out", "model.dropout", "train.beta1", "train.beta2")
 _UP_TO_ONE = ("train.min_lr_ratio", "train.decay_fraction")
 
 

@@ -84,6 +84,8 @@ class ModelConfig:
     """The output head shares the embedding's weight."""
     sliding_window: int | None = field(default=None, metadata=TOKENS)
     """Tokens that a query sees back, itself included; none: all of its document."""
+    dropout: float = 0.0
+    """Share of what attention and feed-forward add to the stream that is dropped in training, by token."""
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream shrink with depth."""
 

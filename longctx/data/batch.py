@@ -62,6 +62,8 @@ class PackedBatch:
     """int32 [N+1]: first token of each piece, then T."""
     doc_ids: tuple[int, ...]
     """N: store document of each piece."""
+    starts: tuple[int, ...] = ()
+    """N: first token of each piece in its document; empty: all at the beginning."""
     degree: int | None = None
     """Ranks of the sequence group that shares it, where a step plan says; None: the configured layout's."""
 
@@ -69,6 +71,12 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Tokens T."""
         return int(self.input_ids.numel())
+
+    def token_id(self) -> Tensor:
+        """int64 [T]: document and position in it, the same wherever the token is packed."""
+        pieces = zip(self.doc_ids, self.starts or (0,) * len(self.doc_ids), strict=True)
+        first = torch.tensor([(doc << 32) + start for doc, start in pieces], dtype=torch.int64)
+        return self.position_ids + first.repeat_interleave(self.cu_seqlens.diff())
 
     def take(self, token_index: Tensor) -> LocalBatch:
         """The tokens with these global indices.
@@ -129,6 +137,7 @@ def build_batch(store: Tokens, pack: Pack, *, vocab_size: int | None = None) -> 
         loss_mask=torch.from_numpy(loss_mask),
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
         doc_ids=tuple(piece.doc for piece in pack),
+        starts=tuple(piece.start for piece in pack),
     )
 
 

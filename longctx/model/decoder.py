@@ -6,6 +6,7 @@ Shapes: t = this rank's tokens (possibly none), E = hidden_size, V = vocab_size.
 from torch import Tensor, nn
 
 from parallel.layout import SequenceLayout
+from parallel.noise import TokenDropout, TokenNoise
 
 from ..config.schema import ModelConfig
 from ..rope.remap import Remapped
@@ -25,11 +26,15 @@ class Block(nn.Module):
         self.attention = Attention(config, attend)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = FeedForward(config.hidden_size, config.ffn_size)
+        self.dropout = TokenDropout()
 
-    def forward(self, x: Tensor, positions: Positions, layout: SequenceLayout) -> Tensor:
-        """[t, E] -> [t, E]."""
-        x = x + self.attention(self.attention_norm(x), positions, layout)
-        stream: Tensor = x + self.ffn(self.ffn_norm(x))
+    def forward(
+        self, x: Tensor, positions: Positions, layout: SequenceLayout, noise: TokenNoise | None = None
+    ) -> Tensor:
+        """[t, E] -> [t, E]; `noise` drops elements of what is added to the stream."""
+        noise = noise or TokenNoise.none()
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, layout), noise, 0)
+        stream: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)), noise, 1)
         return stream
 
 
@@ -58,6 +63,7 @@ class Decoder(nn.Module):
         rope_id: Tensor | None = None,
         *,
         layout: SequenceLayout,
+        noise: TokenNoise | None = None,
     ) -> Tensor:
         """Logits of the next token after each of this rank's tokens.
 
@@ -66,6 +72,7 @@ class Decoder(nn.Module):
             position_ids: [t] int64, the tokens' true positions in their documents.
             rope_id: [t] int64 or None, the frequency set of each token.
             layout: which global tokens this rank holds; handed to `attend`.
+            noise: dropout of these tokens in this step; None: none.
 
         Returns:
             [t, V] in the parameters' dtype.
@@ -74,7 +81,8 @@ class Decoder(nn.Module):
         positions: Positions = self.frequencies.table(position_ids, rope_id, dtype=x.dtype, layout=layout)
         for number, block in self.layers.items():
             turns = int(number) not in self.config.rope.none_layers
-            x = block(x, positions if turns else NoPositions(), layout)
+            dropped = noise and noise.at(int(number))
+            x = block(x, positions if turns else NoPositions(), layout, dropped)
         x = self.norm(x)
         logits: Tensor = self.embedding.project(x) if self.config.tied_embeddings else self.head(x)
         return logits

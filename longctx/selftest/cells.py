@@ -23,7 +23,7 @@ FACTORS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "dtype": DTYPES,
         "recompute": ("none", "full", 2),
         "batch": ("one", "three", "empty"),
-        "model": ("tied", "untied"),
+        "model": ("tied", "untied", "dropout"),
         "reshard": (True, False, 2),
         "compile": (False, True),
     }
@@ -34,6 +34,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "tied": {"tied_embeddings": True},
         "untied": {"tied_embeddings": False, "attention_bias": True, "qk_norm": True},
+        "dropout": {"dropout": 0.25},
     }
 )
 
@@ -51,7 +52,7 @@ class Cell:
     batch: str = "one"
     """one or three microbatches a sequence group, or `empty`: two tokens in all."""
     model: str = "tied"
-    """tied, or untied with biases and query/key norms."""
+    """tied, tied with dropout, or untied with biases and query/key norms."""
     reshard: bool | int = True
     """parallel.reshard_after_forward."""
     compile: bool = False
@@ -152,7 +153,7 @@ def matrix(processes: int) -> list[Cell]:
     for degrees, dtype in product(layouts(processes), DTYPES):
         cells += [
             Cell(degrees=degrees, dtype=dtype, batch="three", model="untied"),
-            Cell(degrees=degrees, dtype=dtype, batch="one", recompute="full"),
+            Cell(degrees=degrees, dtype=dtype, batch="one", recompute="full", model="dropout"),
             Cell(degrees=degrees, dtype=dtype, batch="empty", recompute=2, reshard=False),
             Cell(degrees=degrees, dtype=dtype, batch="one", reshard=2),
         ]
@@ -172,7 +173,8 @@ def compiled(processes: int) -> list[Cell]:
         ((1, 1, 1, 2, 1), "float32"),
         ((1, 2, 2, 1, 1), "float64"),
     ]
-    cells = [Cell(degrees=d, dtype=t, compile=True, recompute="full", batch="three") for d, t in chosen]
+    shared = {"compile": True, "recompute": "full", "batch": "three", "model": "dropout"}
+    cells = [Cell(degrees=d, dtype=t, **shared) for d, t in chosen]  # type: ignore[arg-type]
     return [cell for cell in cells if cell.legal(processes)]
 
 

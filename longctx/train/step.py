@@ -88,7 +88,7 @@ def backward(
     parts = torch.zeros(2 * tally.size if tally else 0, dtype=torch.float64, device=run.world.device)
     for index, batch in enumerate(microbatches):
         fsdp.set_gradient_sync(run.model, index == len(microbatches) - 1)
-        logits, local, layout = run.forward(batch)
+        logits, local, layout = run.forward(batch, training=True)
         losses = torch.empty(local.num_tokens, dtype=_wide(logits), device=logits.device) if tally else None
         loss_sum, tokens = token_loss(logits, local.targets, local.loss_mask, run.vocab_shard, losses=losses)
         loss_sum.backward()

@@ -1,13 +1,16 @@
 """Replace a model's matrices by split ones, in place, following the rules of `plan`."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..comm import Group
 from ..errors import ConfigError
 from ..layout import SequenceLayout
 from ..mesh import Mesh
+from ..noise import TokenNoise
 from .linear import ColumnLinear, RowLinear, SharedLinear
 from .plan import Region, regions
 from .tokens import GatherTokens
@@ -39,6 +42,7 @@ def split(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh) -> None:
         for region in list(regions(block, mesh.size("tp"))):
             _split_region(block.get_submodule(region.name), region, mesh)
     _split_vocabulary(model, inside, mesh)
+    model.register_forward_pre_hook(partial(_noise_of_rows, mesh.group("tp")), with_kwargs=True)
     model.register_forward_hook(_without_padding)
 
 
@@ -73,6 +77,15 @@ def _split_vocabulary(model: nn.Module, inside: set[nn.Module], mesh: Mesh) -> N
                         f"parallel.tp={mesh.size('tp')}: no rule splits {name}.{inner} "
                         f"{tuple(parameter.shape)} outside the blocks; set parallel.tp=1"
                     )
+
+
+def _noise_of_rows(
+    group: Group, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Between the matrices a rank holds the rows n of its tokens t: it drops from those.
+    count = -(-len(args[0]) // group.size)
+    rows = {k: v.rows(group.rank * count, count) for k, v in kwargs.items() if isinstance(v, TokenNoise)}
+    return args, kwargs | rows
 
 
 def _without_padding(model: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:

@@ -44,8 +44,20 @@ def test_matrix(base, first):
     check_cells(base, f"matrix-{first}", WHOLE[first : first + CHUNK])
 
 
+def compiled_rank(rank: int, size: int, base, name: str, cell: Cell):
+    """Whether the cell is equal, and the number of graphs that torch made for it."""
+    from torch._dynamo.utils import counters
+
+    [result] = run_cells([cell], base, make_world(base / name, rank, size))
+    return result.good, result.error, counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("index", range(3))
-def test_compiled_blocks_equal_one_process(base, index):
-    check_cells(base, f"compiled-{index}", [compiled(4)[index]], timeout=270)
+@pytest.mark.parametrize("cell", compiled(4), ids=lambda cell: cell.name)
+def test_compiled_blocks_equal_one_process_and_are_compiled(base, cell):
+    name = f"compiled-{'-'.join(map(str, cell.degrees))}"
+    (base / name).mkdir()
+    for good, error, graphs in run_ranks(compiled_rank, cell.size, base, name, cell, init=False, timeout=270):
+        assert good, error
+        assert graphs > 0

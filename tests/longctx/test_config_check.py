@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.config.check import ONE_RANK_AXES, parallel_config, resolve
@@ -108,6 +108,7 @@ def test_every_layout_of_small_worlds_is_accepted(layout):
     assert degrees(with_overrides(*overrides), 4, "cpu") == layout
 
 
+@settings(deadline=None)
 @given(st.integers(1, 96), st.sampled_from([1, 2, 4, 8]), st.integers(0, 6))
 def test_auto_always_multiplies_to_the_world(world, node_ranks, doublings):
     train = replace(QUICKSTART.train, global_batch_tokens=8192 << doublings, microbatch_tokens=8192)
