@@ -18,7 +18,7 @@ from .tensor.tokens import Exchange
 def recompute(blocks: Sequence[nn.Module], every: int) -> None:
     """Keep only the input of every n-th block and compute its inside again in backward.
 
-    Nothing in a block draws from a random generator (dropout hashes tokens): there is no state to keep.
+    Nothing in a block draws from a random generator (dropout hashes tokens): no state needs keeping.
 
     Args:
         blocks: in order.
