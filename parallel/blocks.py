@@ -33,7 +33,7 @@ def recompute(blocks: Sequence[nn.Module], every: int) -> None:
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block for any number of tokens; communication, attention and dropout stay outside the graphs.
+    """Compile each block for any number of tokens; exchanges, attention and dropout stay outside its graphs.
 
     Planning an exchange is Python over the microbatch's documents: a graph that followed it would be
     compiled again for every microbatch.
