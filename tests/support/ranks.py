@@ -5,6 +5,7 @@ is reported with its signal; of several failures the one that is not an echo of 
 death ("connection closed") comes first.
 """
 
+import ctypes
 import importlib.util
 import io
 import multiprocessing
@@ -17,6 +18,7 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 ECHOES = ("connection closed", "connection reset", "socket closed", "broken pipe", "peerlost")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -43,6 +45,8 @@ def _serve(pipe: Connection, where: tuple[str, str], rank: int, size: int, job: 
     import torch
     import torch.distributed as dist
 
+    # The server dies with the test's process; a rank that computes on would take a core from the next run.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     folder, args, init, seconds = job
     torch.set_num_threads(1)
     try:
