@@ -4,6 +4,7 @@
 the membership epoch, and `Run.close` drops the groups. Nothing below this file sees the whole config.
 """
 
+import gc
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -225,6 +226,7 @@ def _make_deterministic(wanted: bool) -> None:
 
 def join(world: World) -> None:
     """Make the default process group of a world."""
+    gc.collect()  # an earlier run's wrapped model is full of cycles that keep its groups and their threads
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     dist.init_process_group(

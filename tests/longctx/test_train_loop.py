@@ -1,6 +1,7 @@
 """The loop end to end in one process: what a run folder holds, divergence, Weights & Biases."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -90,3 +91,23 @@ def test_wandb_runs_offline_under_one_id_and_resumes_it(base):
 def test_metrics_log_every_writes_fewer_rows(base):
     run(base, "sparse", "metrics.log_every=4", "train.eval_every=0")
     assert [row["step"] for row in rows(base, "sparse")] == [4, 6]
+
+
+def threads_rank(rank: int, size: int, base: Path) -> list[int]:
+    from longctx.build import build
+    from longctx.train.step import train_step
+
+    counts = []
+    for epoch in range(4):
+        config = make_config(base, "threads", size=size, layout={"dp_shard": 2})
+        run = build(config, make_world(base / "threads", rank, size, epoch=epoch))
+        train_step(run, 1e-3)
+        counts.append(len(os.listdir("/proc/self/task")))
+        run.close()
+    return counts
+
+
+def test_threads_of_a_closed_run_end_when_the_next_is_built(base):
+    (base / "threads").mkdir()
+    for counts in run_ranks(threads_rank, 2, base, init=False):
+        assert counts[1:] == counts[1:2] * 3
