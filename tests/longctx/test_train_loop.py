@@ -104,6 +104,7 @@ def threads_rank(rank: int, size: int, base: Path) -> list[int]:
         train_step(run, 1e-3)
         counts.append(len(os.listdir("/proc/self/task")))
         run.close()
+        del run
     return counts
 
 
