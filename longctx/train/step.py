@@ -113,7 +113,8 @@ def evaluate(run: Run) -> dict[str, float]:
     """Held-out loss in nats per token and, where the text is known, bits per byte; equal on all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=run.world.device)
     speaker = run.mesh.coordinate("cp") == 0  # one rank of each sequence group counts its bytes
-    with fsdp.forward_only(run.model):
+    doing = f"evaluation after step {run.progress.step}"
+    with lost_ranks_named(doing, run.mesh.group("fsdp")), fsdp.forward_only(run.model):
         for held_out in run.held_out:
             loss_sum, tokens = batch_loss(run, held_out.batch)
             text_bytes = (held_out.text_bytes or 0.0) if speaker else 0.0

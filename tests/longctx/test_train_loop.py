@@ -112,3 +112,29 @@ def test_threads_of_a_closed_run_end_when_the_next_is_built(base):
     (base / "threads").mkdir()
     for counts in run_ranks(threads_rank, 2, base, init=False):
         assert counts[1:] == counts[1:2] * 3
+
+
+def deterministic_rank(rank: int, size: int, base: Path) -> list[bool]:
+    """Whether torch refuses operations without fixed bits: before, during and after such a run."""
+    import torch
+
+    from longctx.build import build
+
+    found = [torch.are_deterministic_algorithms_enabled()]
+    for epoch, wanted in enumerate(("true", "false")):
+        config = make_config(base, "fixed-flags", extra=(f"run.deterministic={wanted}",))
+        built = build(config, make_world(base / "fixed-flags", rank, size, epoch=epoch))
+        found.append(torch.are_deterministic_algorithms_enabled())
+        built.close()
+    return found
+
+
+def test_deterministic_runs_have_the_same_bits_and_the_setting_ends_with_the_run(base):
+    for name in ("fixed-1", "fixed-2"):
+        assert run(base, name, "run.deterministic=true", "model.dropout=0.1", size=2) == [0, 0]
+    first, second = (
+        [(row["loss"], row["grad_norm"]) for row in rows(base, n)] for n in ("fixed-1", "fixed-2")
+    )
+    assert first == second
+    (base / "fixed-flags").mkdir()
+    assert run_ranks(deterministic_rank, 1, base, init=False) == [[False, True, False]]
