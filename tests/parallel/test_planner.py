@@ -90,6 +90,44 @@ def test_a_piece_longer_than_all_memory_is_named_with_the_longest_that_fits():
         plan_step([10, 4001], num_ranks=4, cost=make_cost(4))
 
 
+def random_step(seed: int) -> tuple[list[int], int, SequenceCost, int]:
+    """Lengths of a long tail, ranks, cost and pipeline stages; every fifth step may hold a piece too long."""
+    chooser = random.Random(seed)
+    num_ranks, pp = chooser.choice([1, 2, 3, 4, 6, 8, 12, 16]), chooser.choice([1, 1, 2, 3])
+    cost = make_cost(num_ranks, capacity=chooser.choice([700, 1000, 1024]) * pp)
+    fits = cost.capacity_tokens // pp * max(cost.comm_ms_per_token)
+    most = 2 * fits if seed % 5 == 0 else fits
+    mean, sigma = chooser.uniform(3, 7), chooser.uniform(0.2, 2.0)
+    drawn = (int(chooser.lognormvariate(mean, sigma)) + 1 for _ in range(chooser.randint(0, 60)))
+    return [min(most, length) for length in drawn], num_ranks, cost, pp
+
+
+def check_random_steps(seeds: range) -> None:
+    refused = 0
+    for seed in seeds:
+        lengths, num_ranks, cost, pp = random_step(seed)
+        fits = cost.capacity_tokens // pp * max(cost.comm_ms_per_token)
+        if max(lengths, default=0) > fits:
+            with pytest.raises(PlanError, match=rf"a piece of {max(lengths)} tokens .* at most {fits};"):
+                plan_step(lengths, num_ranks=num_ranks, cost=cost, pp=pp, effort=0.2)
+            refused += 1
+            continue
+        plan = plan_step(lengths, num_ranks=num_ranks, cost=cost, pp=pp, effort=0.2)
+        validate_plan(plan, lengths, cost, pp=pp)
+        assert all(sum(g.degree for g in groups) == num_ranks for groups in plan.microbatches), seed
+        assert plan.time_ms >= plan.lower_bound_ms * (1 - 1e-12), seed
+    assert refused > len(seeds) // 100
+
+
+def test_random_steps_get_valid_plans_or_name_the_piece_that_cannot_fit():
+    check_random_steps(range(500))
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_steps_get_valid_plans():
+    check_random_steps(range(500, 10_500))
+
+
 def test_degrees_that_cannot_divide_the_ranks_are_refused():
     with pytest.raises(PlanError, match="add degree 1"):
         plan_step([10], num_ranks=3, cost=make_cost(3, smallest=2))
