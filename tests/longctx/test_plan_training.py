@@ -1,6 +1,7 @@
 """Adaptive sequence groups in the training step: the objective is the same under every plan."""
 
 import json
+import shutil
 
 import pytest
 from compose_ranks import assert_equal_to_one
@@ -71,7 +72,7 @@ def run_plan(base, label: str, layout: dict, extra: tuple[str, ...], degrees=Non
     return run_ranks(one_plan, size, base, label, (layout, extra, degrees), init=False)
 
 
-@pytest.fixture(scope="module", params=["float64", "float32"])
+@pytest.fixture(scope="module", params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def reference(base, request):
     extra = (*MIXED, f"train.dtype={request.param}")
     return request.param, run_plan(base, f"one-{request.param}", {}, extra)[0][:3]
@@ -83,6 +84,27 @@ def test_gradients_of_any_two_plans_equal_one_process(base, reference, name):
     extra = (*MIXED, *ADAPTIVE, f"train.dtype={dtype}")
     results = run_plan(base, f"plan-{name}-{dtype}", {"dp_shard": 4}, extra, PARTITIONS[name])
     assert_equal_to_one([result[:3] for result in results], expected, dtype)
+    assert_members_call_alike(results, PARTITIONS[name])
+
+
+@pytest.mark.parametrize("name", ["2-1-1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("4", "2-2"))])
+def test_gradients_of_a_plan_with_tensor_parallelism(base, name):
+    extra = (*MIXED, "train.dtype=float64")
+    expected = run_plan(base, f"one-tp-{name}", {}, extra)[0][:3]
+    layout = {"dp_shard": 4, "tp": 2}
+    results = run_plan(base, f"tp-{name}", layout, (*extra, *ADAPTIVE), PARTITIONS[name])
+    assert_equal_to_one([result[:3] for result in results], expected, "float64")
+    assert_members_call_alike(results, PARTITIONS[name], tp=2)
+
+
+def assert_members_call_alike(results: list, degrees: tuple[int, ...], tp: int = 1) -> None:
+    """Ranks of one group start equally many of every kind of collective, and so does the step's end."""
+    calls, first = [result[3] for result in results], 0
+    assert len({counted.get("all_reduce", 0) for counted in calls}) == 1
+    for degree in degrees:
+        members = calls[first * tp : (first + degree) * tp]
+        assert all(counted == members[0] for counted in members)
+        first += degree
 
 
 @pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2}])
@@ -120,6 +142,33 @@ def test_a_run_with_planned_groups_has_the_losses_of_one_process_and_says_its_pl
         assert row["plan_groups"] >= 1
         assert row["plan_predicted_ms"] > 0
         assert row["max_document_tokens"] > 256  # longer than one rank holds
+
+
+def test_a_planned_run_resumes_in_another_world_with_the_losses_of_the_uninterrupted_one(base):
+    extra = (*MIXED, *ADAPTIVE, "train.dtype=float64", "train.eval_every=0", "step_plan.capacity_tokens=512")
+    expected = rows_of(base, "whole", {"dp_shard": 4}, (*extra, "train.steps=4"))
+    stopped = (*extra, "train.steps=4", "checkpoint.every=2", "checkpoint.background=false")
+    rows_of(base, "resumed", {"dp_shard": 4}, stopped)
+    for path in (base / "resumed" / "ckpt").glob("*4"):
+        shutil.rmtree(path)
+    (base / "resumed" / "rendezvous").unlink()
+    found = rows_of(base, "resumed", {"dp_shard": 2}, (*stopped, "run.resume=true"))
+    events = (base / "resumed" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in events if '"start"' in line] == [0, 2]
+    for key in ("loss", "grad_norm", "tokens", "documents"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-10), key
+
+
+def verify_rank(rank: int, size: int, base) -> int:
+    from longctx.train.verify import verify
+
+    config = make_config(base, "verify", size=size, layout={"dp_shard": 2}, extra=(*MIXED, *ADAPTIVE))
+    return verify(config, make_world(base / "verify", rank, size))
+
+
+def test_verify_compares_a_planned_step_with_one_process(base):
+    (base / "verify").mkdir()
+    assert run_ranks(verify_rank, 2, base, init=False) == [0, 0]
 
 
 def test_whole_documents_are_planned_too(base):
