@@ -71,7 +71,7 @@ def report(script: str, figures: Mapping[str, Figure], args: argparse.Namespace)
         "dirty": bool(_git("status", "--porcelain")),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         "figures": {key: _plain(figure) for key, figure in figures.items()},
     }
     if args.out:
