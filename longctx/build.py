@@ -17,14 +17,20 @@ from torch.distributed.tensor import DTensor
 
 from parallel.apply import BlockPolicy, parallelize
 from parallel.attention import make_attention
+from parallel.attention.kept import Buffers, Kept
 from parallel.fsdp import FsdpPolicy
+from parallel.grads import Replicas
 from parallel.layout import SequenceLayout
 from parallel.mesh import Mesh, build_mesh
 from parallel.noise import TokenNoise
+from parallel.pipeline.deferred import Deferred
+from parallel.pipeline.runtime import Pipeline
 from parallel.planner.sequence import split_degree
+from parallel.slices import slice_bounds, slice_layouts
 from parallel.tensor.vocabulary import VocabShard
 
 from .config.check import parallel_config
+from .config.pipeline import token_cost
 from .config.schema import Config, ModelConfig, TrainConfig
 from .data.batch import LocalBatch, PackedBatch
 from .data.held_out import HeldOutBatch
@@ -36,6 +42,8 @@ from .errors import ConfigError
 from .feed import held_out, make_packs, step_loader
 from .model.decoder import Decoder
 from .model.init import init_parameters_
+from .model.parts import Parts
+from .stages import Stages
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -96,6 +104,12 @@ class Run:
     """What draws the steps of a curriculum; None: whole documents are packed."""
     vocab_shard: VocabShard | None
     """Columns of the logits that this rank computes; None: all."""
+    stages: Stages
+    """Which layers are on which pipeline stage."""
+    pipeline: Pipeline | None
+    """What moves microbatches through the stages; None: there is one."""
+    replicas: list[Replicas]
+    """Parameters that several stages hold."""
 
     def layout(self, cu_seqlens: torch.Tensor, degree: int | None = None) -> SequenceLayout:
         """Which tokens of a packed batch this rank holds.
@@ -129,19 +143,38 @@ class Run:
         Returns:
             logits [t, V] (with tp this rank's columns of V), the share [t], and the layout that says
             which tokens it holds.
+
+        Raises:
+            ConfigError: this rank has only some of the layers.
         """
+        if self.pipeline is not None:
+            raise ConfigError(
+                f"parallel.pp={self.mesh.size('pp')}: this needs the whole model on every rank; set "
+                "parallel.pp=1 and divide it by parallel.ring, parallel.ulysses or parallel.dp_shard"
+            )
         layout = self.layout(batch.cu_seqlens, batch.degree)
         local = batch.take(layout.token_index).to(self.world.device)
-        noise = self._noise(batch, layout) if training else TokenNoise.none()
+        noise = self.noise(batch, layout) if training else TokenNoise.none()
         logits = self.model(local.input_ids, local.position_ids, local.rope_id, layout=layout, noise=noise)
         return logits, local, layout
 
-    def _noise(self, batch: PackedBatch, layout: SequenceLayout) -> TokenNoise:
+    def noise(self, batch: PackedBatch, layout: SequenceLayout) -> TokenNoise:
+        """Dropout of some tokens of a batch in the step that is under way."""
         rate = self.config.model.dropout
         if not rate:
             return TokenNoise.none()
         token_id = batch.token_id()[layout.token_index].to(self.world.device)
         return TokenNoise.of(token_id, seed=self.config.run.seed, step=self.progress.step, rate=rate)
+
+    def slices(self, whole: SequenceLayout, count: int) -> tuple[SequenceLayout, ...]:
+        """The sequence in slices of equal work, which share what their layers keep."""
+        if count == 1:
+            return (whole,)
+        bounds = slice_bounds(whole.cu_seqlens, count, token_cost=token_cost(self.config.model))
+        found = slice_layouts(whole, bounds)
+        rank, buffers = whole.ring_rank, Buffers()
+        total = sum(each.ring_tokens(rank) for each in found)
+        return tuple(replace(each, kept=Kept(each.past_rows(rank), total, buffers)) for each in found)
 
     def _split(self, degree: int) -> tuple[int, int]:
         model = self.config.model
@@ -178,7 +211,9 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
     _make_deterministic(config.run.deterministic)
     join(world)
     mesh = build_mesh(parallel_config(config), world.device.type)
-    model = _model(config, mesh, world.device)
+    stages = Stages.of(config, mesh)
+    deferred = stages.deferred() if mesh.size("pp") > 1 else None
+    model = _model(config, mesh, world.device, stages.held(), deferred)
     if shards is None:
         init_parameters_(model, config.run.seed, config.model)
     else:
@@ -196,6 +231,9 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         progress=Progress(),
         mixture=packs if isinstance(packs, MixturePacks) else None,
         vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
+        stages=stages,
+        pipeline=_pipeline(config, mesh, world.device, stages, deferred),
+        replicas=stages.replicas(model, mesh),
     )
 
 
@@ -238,21 +276,31 @@ def join(world: World) -> None:
     )
 
 
-def _model(config: Config, mesh: Mesh, device: torch.device) -> Decoder:
+def _pipeline(
+    config: Config, mesh: Mesh, device: torch.device, stages: Stages, deferred: Deferred | None
+) -> Pipeline | None:
+    if mesh.size("pp") == 1:
+        return None
+    return stages.pipeline(config, mesh, deferred, dtype=compute_dtype(config.train), device=device)
+
+
+def _model(
+    config: Config, mesh: Mesh, device: torch.device, parts: Parts, deferred: Deferred | None
+) -> Decoder:
     """The sharded model with storage but no values; parameters are kept at least float32."""
     attend = make_attention(config.attention.strategy, mesh, kernel=config.attention.kernel)
     compute = compute_dtype(config.train)
     stored = torch.promote_types(compute, torch.float32)
     with torch.device("meta"):
-        model = Decoder(config.model, attend).to(stored)
+        model = Decoder(config.model, attend, parts).to(stored)
+    reshard = config.parallel.reshard_after_forward
     policy = FsdpPolicy(
         param_dtype=compute,
         reduce_dtype=stored,
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        reshard_after_forward=True if reshard == "auto" else reshard,
     )
-    parallelize(
-        model, model.layers.values(), mesh=mesh, policy=policy, block_policy=_block_policy(config.train)
-    )
+    block_policy = replace(_block_policy(config.train), deferred=deferred, sliced=config.pipeline.slices > 1)
+    parallelize(model, model.layers.values(), mesh=mesh, policy=policy, block_policy=block_policy)
     model.to_empty(device=device)
     return model
 

@@ -1,7 +1,8 @@
 """The one order in which a model is made parallel; later axes join this list.
 
-tensor -> compile -> checkpointing -> FSDP -> pipeline. A compiled block has gaps (communication stays
-out of its graphs), and torch compiles nothing inside a checkpoint with gaps: so checkpointing goes around.
+tensor -> deferred weight gradients -> compile -> checkpointing -> FSDP. A compiled block has gaps
+(communication stays out of its graphs), and torch compiles nothing inside a checkpoint with gaps: so
+checkpointing goes around.
 """
 
 from collections.abc import Iterable
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import fsdp
-from .blocks import compile_blocks, recompute
+from .blocks import compile_blocks, recompute, separate_attention
 from .fsdp import FsdpPolicy
 from .mesh import Mesh
+from .pipeline.deferred import Deferred
 from .tensor.split import split
 
 
@@ -24,6 +26,10 @@ class BlockPolicy:
     """Activation checkpointing of every n-th block; 0: none, 1: all."""
     compile: bool = False
     """Whether each block is compiled with torch.compile."""
+    deferred: Deferred | None = None
+    """Where the blocks' weight gradients are put off to; None: they are computed in backward."""
+    sliced: bool = False
+    """Whether sequences come in slices, so that every layer keeps keys of its own."""
 
 
 def parallelize(
@@ -47,6 +53,10 @@ def parallelize(
     """
     blocks = list(blocks)
     split(model, blocks, mesh=mesh)
+    if block_policy.sliced:
+        separate_attention(blocks)
+    if block_policy.deferred is not None:
+        block_policy.deferred.attach(blocks)
     if block_policy.compile:
         compile_blocks(blocks)
     recompute(blocks, block_policy.recompute_every)

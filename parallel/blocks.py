@@ -4,6 +4,7 @@ Both replace a block's `forward` and leave its parameters and their names alone.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,6 +31,15 @@ def recompute(blocks: Sequence[nn.Module], every: int) -> None:
     """
     for block in blocks[::every] if every else []:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def separate_attention(blocks: Sequence[nn.Module]) -> None:
+    """Give every layer an attention of its own, by which the keys that slices leave are told apart."""
+    for block in blocks:
+        for module in block.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Attention):
+                    setattr(module, name, replace(value))
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:

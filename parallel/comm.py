@@ -57,6 +57,10 @@ class Pending:
         self._after: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._keep: list[torch.Tensor] = []
 
+    def done(self) -> bool:
+        """Whether every part has ended, without waiting; its buffers are then released by `wait`."""
+        return all(work.is_completed() for _, work in self._works)
+
     def wait(self) -> None:
         """Wait for every part.
 

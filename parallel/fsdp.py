@@ -71,8 +71,7 @@ def forward_only(model: nn.Module) -> Iterator[None]:
     """
     with torch.no_grad():
         yield
-    for module in fsdp_modules(model):  # not after an error, which this would hide by another
-        module.reshard()
+    reshard(model)  # not after an error, which this would hide by another
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:
@@ -80,3 +79,22 @@ def set_gradient_sync(model: nn.Module, sync: bool) -> None:
     if not isinstance(model, FSDPModule):
         raise TypeError(f"{type(model).__name__} is not FSDP-wrapped; call parallel.apply.parallelize first")
     model.set_requires_gradient_sync(sync)
+
+
+def set_last_backward(model: nn.Module, last: bool) -> None:
+    """Say whether the next backward is the last one of a step that has several under way.
+
+    Before it gradients only accumulate and parameters stay gathered. Resharding must follow the last
+    one: an optimizer step on shards whose gathered copy stays would never reach the next forward.
+    """
+    if not isinstance(model, FSDPModule):
+        raise TypeError(f"{type(model).__name__} is not FSDP-wrapped; call parallel.apply.parallelize first")
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
+    model.set_is_last_backward(last)  # not recursive: it is of the root's shared state
+
+
+def reshard(model: nn.Module) -> None:
+    """Free every gathered parameter."""
+    for module in fsdp_modules(model):
+        module.reshard()

@@ -1,16 +1,34 @@
 """Gradients across the mesh: one division by the step's token count, one norm, one clip."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from . import comm
+from .comm import Group
 from .mesh import Mesh
 
 
-def normalize_(parameters: Iterable[nn.Parameter], *, mesh: Mesh, sums: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replicas:
+    """Parameters that several pipeline stages hold, such as a tied embedding."""
+
+    parameters: tuple[nn.Parameter, ...]
+    """This rank's shards of them; the same ones in the same order on every member of the group."""
+    group: Group
+    """The stages' ranks that hold the same shards."""
+
+
+def normalize_(
+    parameters: Iterable[nn.Parameter],
+    *,
+    mesh: Mesh,
+    sums: torch.Tensor,
+    replicas: Sequence[Replicas] = (),
+) -> torch.Tensor:
     """Turn summed gradients into gradients of the mean loss over the step's trained tokens.
 
     Args:
@@ -19,9 +37,10 @@ def normalize_(parameters: Iterable[nn.Parameter], *, mesh: Mesh, sums: torch.Te
         mesh: the world.
         sums: [n] float64: this rank's sum of token losses, its number of trained tokens, and
             whatever else the caller wants summed along, over the step's microbatches.
+        replicas: parameters on several stages, each of which has seen some uses of them.
 
     Returns:
-        [n] the same sums over all data ranks.
+        [n] the same sums over all data ranks and stages.
 
     Cost:
         One all-reduce of n numbers; after backward, so the count need not be known before. With tp
@@ -30,25 +49,36 @@ def normalize_(parameters: Iterable[nn.Parameter], *, mesh: Mesh, sums: torch.Te
     """
     parameters = list(parameters)
     total = comm.all_reduce(sums.clone(), group=mesh.group("data"))
+    total = comm.all_reduce(total, group=mesh.group("pp"))
     _sum_whole_over_tp(parameters, mesh)
+    for shared in replicas:
+        _sum_(_local_gradients(shared.parameters), shared.group)
     # A step in which every token is masked has zero gradients: divide by 1, not by 0.
     torch._foreach_div_(_local_gradients(parameters), total[1].clamp(min=1))
     return total
 
 
-def clip_(parameters: Iterable[nn.Parameter], max_norm: float, *, mesh: Mesh) -> torch.Tensor:
+def clip_(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    *,
+    mesh: Mesh,
+    replicas: Sequence[Replicas] = (),
+) -> torch.Tensor:
     """Scale gradients so that their global 2-norm is at most `max_norm` (0: only measure).
 
     Args:
         parameters: parameters whose gradients are normalized, sharded over dp_shard x cp.
         max_norm: the bound; 0 leaves the gradients as they are.
         mesh: the world.
+        replicas: parameters on several stages, whose norm the first of them counts.
 
     Returns:
         [] the norm before clipping, at least float32, equal on all ranks.
 
     Cost:
-        One all-reduce of two numbers over the ranks that hold different shards, with tp one more.
+        One all-reduce of two numbers over the ranks that hold different shards; with tp one more, and
+        with pp one more.
     """
     parameters = [p for p in parameters if p.grad is not None]
     gradients = _local_gradients(parameters)
@@ -56,9 +86,12 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float, *, mesh: Mesh) ->
     norms = torch.stack(torch._foreach_norm([g.to(dtype) for g in gradients], 2))
     # tp ranks hold different parts of a split parameter, but the same whole ones: count those once.
     split = torch.tensor([is_split(p) for p in parameters], device=norms.device)
-    squares = torch.stack((norms[~split].square().sum(), norms[split].square().sum()))
+    repeated = {id(p) for shared in replicas if shared.group.rank for p in shared.parameters}
+    counted = torch.tensor([id(p) not in repeated for p in parameters], device=norms.device)
+    squares = torch.stack((norms[~split & counted].square().sum(), norms[split & counted].square().sum()))
     comm.all_reduce(squares, group=mesh.group("fsdp"))
-    norm = (squares[0] + comm.all_reduce(squares[1:], group=mesh.group("tp"))[0]).sqrt()
+    total = squares[0] + comm.all_reduce(squares[1:], group=mesh.group("tp"))[0]
+    norm = comm.all_reduce(total, group=mesh.group("pp")).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -76,7 +109,12 @@ def _sum_whole_over_tp(parameters: list[nn.Parameter], mesh: Mesh) -> None:
     gradients = _local_gradients(p for p in parameters if not is_split(p))
     if not gradients:
         return
-    flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), group=mesh.group("tp"))
+    _sum_(gradients, mesh.group("tp"))
+
+
+def _sum_(gradients: list[torch.Tensor], group: Group) -> None:
+    """Add up equally shaped tensors of all ranks, in place."""
+    flat = comm.all_reduce(torch.cat([g.flatten() for g in gradients]), group=group)
     torch._foreach_copy_(gradients, [f.view_as(g) for f, g in _parts(flat, gradients)])
 
 

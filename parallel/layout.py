@@ -63,8 +63,12 @@ class SequenceLayout:
     """Per ring rank its segments, ascending."""
     token_index: torch.Tensor
     """[t] int64 on CPU: global indices of this rank's tokens, ascending."""
+    past: tuple[tuple[Segment, ...], ...] = ()
+    """For a slice of a sequence, per ring rank what earlier slices hold, whose keys are still there."""
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Communication plans computed from this layout, kept for the next layer's call."""
+    kept: Any = None
+    """For a slice of a sequence, where keys of all slices are (`attention.kept.Kept`)."""
 
     @staticmethod
     def build(
@@ -111,7 +115,9 @@ class SequenceLayout:
             ulysses_rank=ulysses_rank,
             kind=kind,
             segments=segments,
-            token_index=_token_index(offsets, segments[ring_rank], ulysses, ulysses_rank),
+            token_index=token_index_of(
+                offsets, segments[ring_rank], ulysses=ulysses, ulysses_rank=ulysses_rank
+            ),
         )
 
     @property
@@ -122,12 +128,19 @@ class SequenceLayout:
     def at(self, ring_rank: int, ulysses_rank: int) -> "SequenceLayout":
         """The same division as another rank sees it."""
         offsets = self.cu_seqlens.numpy().astype(np.int64)
-        index = _token_index(offsets, self.segments[ring_rank], self.ulysses, ulysses_rank)
+        index = token_index_of(
+            offsets, self.segments[ring_rank], ulysses=self.ulysses, ulysses_rank=ulysses_rank
+        )
         return replace(self, ring_rank=ring_rank, ulysses_rank=ulysses_rank, token_index=index, plans={})
 
     def ring_tokens(self, ring_rank: int) -> int:
         """Tokens of a ring rank, over its ulysses ranks."""
         own = self.segments[ring_rank]
+        return own[-1].row + own[-1].length if own else 0
+
+    def past_rows(self, ring_rank: int) -> int:
+        """Rows of earlier slices on a ring rank, in front of its own."""
+        own = self.past[ring_rank] if self.past else ()
         return own[-1].row + own[-1].length if own else 0
 
     def shares(self, ring_rank: int) -> list[int]:
@@ -154,9 +167,10 @@ def _segments(parts: list[balance.Part]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _token_index(
-    offsets: np.ndarray, segments: tuple[Segment, ...], ulysses: int, ulysses_rank: int
+def token_index_of(
+    offsets: np.ndarray, segments: tuple[Segment, ...], *, ulysses: int, ulysses_rank: int
 ) -> torch.Tensor:
+    """int64 [t]: global indices of a ulysses rank's share of a ring rank's segments."""
     pieces = [np.arange(s.start, s.stop, dtype=np.int64) + offsets[s.document] for s in segments]
     rows = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
     shares = _even(len(rows), ulysses)

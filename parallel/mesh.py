@@ -125,6 +125,32 @@ class Mesh:
                 "of the data ranks"
             ) from None
 
+    def subgroup(self, axis: str, members: tuple[int, ...]) -> Group | None:
+        """Some ranks along an axis; every rank of the world calls it, in one order.
+
+        Args:
+            axis: "pp", or another one of `AXES`.
+            members: indices along the axis.
+
+        Returns:
+            The group, on its members; None elsewhere.
+        """
+        grid = torch.arange(self.world_size).view(self.config.shape).movedim(AXES.index(axis), -1)
+        found = None
+        for line in grid.reshape(-1, self.size(axis)).tolist():
+            ranks = tuple(line[member] for member in members)
+            handle = dist.new_group(list(ranks), timeout=_default_timeout(self.device_type))
+            if self.rank in ranks:
+                self._owned.append(handle)
+                found = Group(
+                    axis=axis,
+                    rank=ranks.index(self.rank),
+                    ranks=ranks,
+                    handle=handle,
+                    counter=self.counter,
+                )
+        return found
+
     def close(self) -> None:
         """Destroy the groups made for sequences and axes; the default group stays."""
         for handle in self._owned:

@@ -11,6 +11,7 @@ from ..protocol import BAD_INPUT, DONE, FAILED
 
 VERBS: Mapping[str, str] = {
     "train": "train a model; starts local processes unless torchrun already has",
+    "plan": "draw a pipeline schedule with its bubble",
     "prepare": "turn documents into a tokenized store; prints the length histogram",
     "verify": "compare one batch in the chosen layout with one process",
     "import": "make weights to train from: a Hugging Face or Megatron-core model",

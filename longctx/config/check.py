@@ -13,13 +13,14 @@ from .degrees import Machine, choose, fits, memory, memory_limit
 from .eval import check_eval
 from .keys import value_of
 from .memory import FILL
+from .pipeline import check_pipeline, resolve_pipeline
 from .rope import check_rope, with_head_dim
 from .schema import Config, DegreesConfig, ModelConfig
 from .units import format_bytes, format_tokens
 
 ONE_RANK_AXES = {"local": ("ring", "ulysses"), "ulysses": ("ring",), "ring": ("ulysses",)}
 """Axes that a strategy does not serve; the others serve both."""
-LATER = {"pp": "pipeline", "ep": "expert"}
+LATER = {"ep": "expert"}
 
 
 def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: int = 8) -> Config:
@@ -43,7 +44,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_values(config)
     check_model(config.model)
     check_degrees(config.parallel)
-    config = _fill(config, cast(Literal["cpu", "cuda"], device_type))
+    config = resolve_pipeline(_fill(config, cast(Literal["cpu", "cuda"], device_type)))
     config = resolve_step_plan(config, node_ranks=min(node_ranks, world_size))
     check_positions(config.model)
     check_tokens(config)
@@ -56,6 +57,7 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_tensor(config.model, degrees)
     check_node(config, degrees, machine)
     check_fsdp(config, degrees)
+    check_pipeline(config, degrees)
     chosen = replace(config.parallel, dp_shard=degrees.dp_shard, ring=degrees.ring, ulysses=degrees.ulysses)
     return replace(config, parallel=chosen)
 

@@ -77,7 +77,7 @@ def memory(config: Config, degrees: ParallelConfig) -> MemoryEstimate:
         config.model,
         vocab_size=vocab_estimate(config.model, config.data.tokenizer),
         rank_tokens=rank_tokens(config, degrees),
-        shards=degrees.fsdp,
+        shards=degrees.fsdp * degrees.pp,
         dtype=config.train.dtype,
         tp=degrees.tp,
     )

@@ -76,7 +76,7 @@ def estimate(
         model: shape of the model.
         vocab_size: rows of the embedding.
         rank_tokens: tokens of a microbatch on this data rank, microbatch_tokens / cp.
-        shards: ranks that share one copy of the state, dp_shard x cp.
+        shards: ranks that share one copy of the state, pp x dp_shard x cp.
         dtype: compute type.
         tp: ranks that split every matrix.
     """

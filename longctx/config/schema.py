@@ -12,6 +12,7 @@ from .eval_schema import EvalConfig as EvalConfig
 from .eval_schema import RemapConfig as RemapConfig
 from .marks import BYTES as BYTES
 from .marks import TOKENS as TOKENS
+from .pipeline_schema import PipelineConfig as PipelineConfig
 from .rope_schema import RopeConfig as RopeConfig
 
 Auto = Literal["auto"]
@@ -176,9 +177,9 @@ class DegreesConfig:
     """Ranks that split every matrix."""
     ep: int = 1
     """Ranks that split the experts."""
-    reshard_after_forward: bool | int = True
+    reshard_after_forward: bool | int | Auto = "auto"
     """FSDP after a block's forward: `true` frees its parameters, `false` keeps them until backward; a
-    number n keeps them sharded over n consecutive ranks (inside a node)."""
+    number n keeps them sharded over n consecutive ranks (inside a node). `auto`: false in a pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +305,8 @@ class Config:
     """Lengths of the sequences of each step."""
     parallel: DegreesConfig = DegreesConfig()
     """How the work is split."""
+    pipeline: PipelineConfig = PipelineConfig()  # noqa: RUF009 -- frozen
+    """Schedule of the stages."""
     step_plan: StepPlanConfig = StepPlanConfig()
     """Sequence groups of each step."""
     attention: AttentionConfig = AttentionConfig()

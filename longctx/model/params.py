@@ -11,6 +11,7 @@ from ..errors import ConfigError
 
 EMBEDDING = "embedding.weight"
 HEAD = "head.weight"
+NORM = "norm.weight"
 
 
 class ParameterCount(NamedTuple):
@@ -60,7 +61,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     block = block_shapes(config)
     for layer in range(config.num_layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
-    shapes["norm.weight"] = (config.hidden_size,)
+    shapes[NORM] = (config.hidden_size,)
     if not config.tied_embeddings:
         shapes[HEAD] = (vocab, config.hidden_size)
     return shapes

@@ -9,7 +9,15 @@ from ..errors import ConfigError
 from .result import Result
 
 REFUSED = {
-    "pp x any axis": (2, ["parallel.pp=2", "parallel.dp_shard=1"]),
+    "pp beyond the layers": (4, ["parallel.pp=4", "model.num_layers=3"]),
+    "pp with split backward x resharding": (
+        2,
+        ["parallel.pp=2", "pipeline.schedule=zb-h1", "parallel.reshard_after_forward=true"],
+    ),
+    "pp with split backward x compiled blocks": (
+        2,
+        ["parallel.pp=2", "pipeline.schedule=zb-v", "train.compile=true"],
+    ),
     "ep x any axis": (2, ["parallel.ep=2", "parallel.dp_shard=2"]),
     "ring x strategy ulysses": (2, ["parallel.ring=2", "attention.strategy=ulysses"]),
     "ulysses x strategy ring": (2, ["parallel.ulysses=2", "attention.strategy=ring"]),

@@ -4,9 +4,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from parallel.pipeline.schedule import make_schedule
+from parallel.pipeline.simulate import simulate
+
 from ..build import Run
 from ..config.schema import Config
 from ..model.params import num_parameters
+
+_MOST_SIMULATED = 256
 
 
 def opening(run: Run, resumed_from: Path | str | None, estimate_s: float | None) -> str:
@@ -22,11 +27,27 @@ def opening(run: Run, resumed_from: Path | str | None, estimate_s: float | None)
         f"layout   {run.world.size} x {run.world.device.type}: {split or 'one process'}",
         f"steps    {steps} of up to {config.train.global_batch_tokens:,} tokens",
     ]
+    if run.pipeline is not None:
+        lines.insert(3, f"pipeline {_pipeline(run)}")
     if resumed_from is not None:
         lines.append(f"resumed  step {run.progress.step} from {resumed_from}")
     if estimate_s is not None:
         lines.append(f"estimate about {_words(estimate_s)}")
     return "\n".join(lines)
+
+
+def _pipeline(run: Run) -> str:
+    """Schedule, layers of each stage, and how long ranks wait in the first step if all stages are alike."""
+    spec = run.stages.spec
+    words = f"{spec.name}, layers {' + '.join(str(len(layers)) for layers in run.stages.layers)}"
+    if run.config.step_plan.groups == "adaptive":
+        return words
+    count = -(-len(run.loader.packs(0)) // run.mesh.num_data_groups)
+    share = simulate(make_schedule(spec, min(count, _MOST_SIMULATED))).bubble
+    words += f", {count} microbatches: ranks wait {share:.0%} of the time"
+    if count * spec.slices < spec.ranks:
+        words += f"; fewer than parallel.pp={spec.ranks}: raise train.global_batch_tokens or pipeline.slices"
+    return words
 
 
 def _sources(config: Config) -> str:

@@ -13,12 +13,17 @@ from torch.distributed import HashStore
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel import comm, fsdp
+from parallel.layout import SequenceLayout
 
-from ..build import Run, World, build
+from ..build import Run, World, build, compute_dtype
 from ..config.check import microbatch_tokens
 from ..config.memory import FILL, estimate, vocab_estimate
 from ..config.schema import Config, DegreesConfig, StepPlanConfig
-from ..data.batch import PackedBatch, build_batch
+from ..data.batch import LocalBatch, PackedBatch, build_batch
+from ..errors import ConfigError
+from ..model.params import parameter_shapes
+from .losses import Losses
+from .staged import StageWork
 from .step import backward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -64,7 +69,15 @@ def verify(config: Config, world: World) -> int:
 
     Returns:
         0 when everything agrees within the tolerance of the dtype, else 1.
+
+    Raises:
+        ConfigError: the pipeline computes another function than one process does.
     """
+    if config.pipeline.swap_ends:
+        raise ConfigError(
+            "pipeline.swap_ends=true sends odd microbatches through the layers in another order, so one "
+            "process computes something else; set pipeline.swap_ends=false to verify the rest"
+        )
     config = _reduced(config, world)
     found = differences(config, world)
     tolerance = tolerance_of(config)
@@ -164,19 +177,40 @@ def compare(run: Run, reference: Reference | None) -> list[Difference]:
         run: on all ranks; its gradients are those of its first step afterwards.
         reference: what one process computes, on rank 0.
     """
-    first = _first_batch(run)
-    with fsdp.forward_only(run.model):
-        logits, _, layout = run.forward(first)
+    logits, layout = _logits(run, _first_batch(run))
     loss_sum, tokens = backward(run, run.loader.step(0)).tolist()
     mine = [
         _loss_error(run, reference, loss_sum / max(1, tokens)),
         _logit_error(run, reference, logits, layout.token_index),
     ]
     floor = _floor(run, reference)
-    for name, parameter in reversed(list(run.model.named_parameters())):
-        mine.append(_gradient_error(run, reference, name, parameter, floor=floor))
+    for name, shape in reversed(parameter_shapes(run.config.model).items()):
+        mine.append(_gradient_error(run, reference, name, shape, floor=floor))
     everyone = comm.gather_json(mine, group=run.mesh.group("world"))
     return [_worst(run, [errors[index] for errors in everyone]) for index in range(len(mine))]
+
+
+class _Logits(Losses):
+    """Keeps the logits of the last microbatch, where this rank computes them."""
+
+    kept: torch.Tensor | None = None
+
+    def add(
+        self, logits: torch.Tensor, local: LocalBatch, batch: PackedBatch, layout: SequenceLayout
+    ) -> torch.Tensor:
+        self.kept = logits
+        return super().add(logits, local, batch, layout)
+
+
+def _logits(run: Run, batch: PackedBatch) -> tuple[torch.Tensor | None, SequenceLayout]:
+    """Logits [t, V] of this rank's tokens, on the last stage, and which tokens they are."""
+    with fsdp.forward_only(run.model):
+        if run.pipeline is None:
+            logits, _, layout = run.forward(batch)
+            return logits, layout
+        losses = _Logits(run)
+        run.pipeline.forward(StageWork(run, [batch], losses, slices=1), 1)
+    return losses.kept, run.layout(batch.cu_seqlens, batch.degree)
 
 
 def _worst(run: Run, errors: list[tuple[str, float, float]]) -> Difference:
@@ -193,29 +227,39 @@ def _loss_error(run: Run, reference: Reference | None, loss: float) -> tuple[str
 
 
 def _logit_error(
-    run: Run, reference: Reference | None, logits: torch.Tensor, index: torch.Tensor
+    run: Run, reference: Reference | None, logits: torch.Tensor | None, index: torch.Tensor
 ) -> tuple[str, float, float]:
     rows = min(_logit_rows(run), _first_batch(run).num_tokens)
     vocab_size = int(run.config.model.vocab_size)
-    expected = reference.logits if reference else logits.new_empty(rows, vocab_size)
+    dtype = compute_dtype(run.config.train)
+    empty = torch.empty(rows, vocab_size, dtype=dtype, device=run.world.device)
+    expected = reference.logits if reference else empty
     expected = comm.broadcast(expected, src=0, group=run.mesh.group("world"))
     held = (index < rows).nonzero()[:, 0]
+    scale = float(expected.abs().max())
+    if logits is None:  # another stage has them
+        return _error("logits", expected[:0], expected[:0], scale=scale)
     shard = run.vocab_shard
     columns = slice(shard.first, shard.first + shard.size) if shard else slice(None)
     mine = expected[index[held].to(expected.device), columns]
-    return _error("logits", logits[held.to(logits.device)], mine, scale=float(expected.abs().max()))
+    return _error("logits", logits[held.to(logits.device)], mine, scale=scale)
 
 
 def _gradient_error(
-    run: Run, reference: Reference | None, name: str, parameter: torch.nn.Parameter, *, floor: float
+    run: Run, reference: Reference | None, name: str, shape: tuple[int, ...], *, floor: float
 ) -> tuple[str, float, float]:
-    found = _gradient(parameter)
-    whole = reference.gradients[name] if reference else torch.empty(found.shape, dtype=found.dtype)
+    own = dict(run.model.named_parameters())
+    stored = next(iter(own.values())).dtype
+    whole = reference.gradients[name] if reference else torch.empty(shape, dtype=stored)
     # The parameter's mesh may leave rank 0 out (another tp rank's copy): all ranks get the whole.
     whole = comm.broadcast(whole.to(run.world.device), src=0, group=run.mesh.group("world"))
-    expected = distribute_tensor(whole, found.device_mesh, found.placements, src_data_rank=None)
     scale = max(float(whole.abs().max()), floor)
-    return _error(f"gradient of {name}", found.to_local(), expected.to_local(), scale=scale)
+    what = f"gradient of {name}"
+    if name not in own:  # of another stage
+        return _error(what, whole[:0], whole[:0], scale=scale)
+    found = _gradient(own[name])
+    expected = distribute_tensor(whole, found.device_mesh, found.placements, src_data_rank=None)
+    return _error(what, found.to_local(), expected.to_local(), scale=scale)
 
 
 def _floor(run: Run, reference: Reference | None) -> float:

@@ -13,6 +13,7 @@ from .backends import Needs, check_name, choose
 from .check import check_stream_tensor, check_tensors
 from .engine import Call, Route, run
 from .heads import check_heads, head_blocks, split_heads
+from .kept import Kept
 from .kernels import Kernel
 from .local import local_route
 from .mask import Mask
@@ -35,6 +36,7 @@ class _Plan:
     order: Tensor | None
     forms: tuple[str, ...]
     grouped: bool
+    kept: Kept | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -153,6 +155,8 @@ class Attention:
         if plan.order is not None:
             order = plan.order.to(q.device)
             q, k, v = (x.index_select(0, order) for x in (q, k, v))
+        if plan.kept is not None:
+            k, v = plan.kept.extend(self, k, v)
         call = Call(route=plan.route, kernels=kernels, scale=scale, max_logit=return_max_logit)
         out, lse, largest = run(q, k, v, call)
         if plan.order is not None:
@@ -181,7 +185,7 @@ class Attention:
         return self._kernels[key]
 
     def _plan(self, layout: SequenceLayout, mask: Mask, num_heads: int, num_kv_heads: int) -> _Plan:
-        key = (self, mask, num_heads, num_kv_heads)
+        key = (self.name, self.options, mask, num_heads, num_kv_heads)  # for every layer's attention
         if key not in layout.plans:
             layout.plans[key] = self._make_plan(layout, mask, num_heads, num_kv_heads)
         found: _Plan = layout.plans[key]
@@ -207,6 +211,7 @@ class Attention:
             order=None if order is None else torch.from_numpy(order),
             forms=mask.forms,
             grouped=num_heads != num_kv_heads,
+            kept=layout.kept,
         )
 
     def _route(self, shares: Shares, layout: SequenceLayout, groups: SequenceGroups) -> Route:

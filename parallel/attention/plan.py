@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..layout import SequenceLayout
+from ..layout import Segment, SequenceLayout
 from .mask import Mask
 from .tiles import (
     Heads,
@@ -75,8 +75,12 @@ class Shares:
     """Blocks of heads that are computed apart."""
     documents: tuple[tuple[Documents, ...], ...]
     """[ring rank][block of heads]: spans by virtual document."""
+    past: tuple[tuple[Documents, ...], ...]
+    """The same of earlier slices, whose keys come before the rank's own; empty without slices."""
+    past_rows: tuple[int, ...]
+    """Key rows of earlier slices on each ring rank."""
     rows: tuple[int, ...]
-    """Rows of each ring rank."""
+    """Key rows of each ring rank, those of earlier slices first."""
     orders: tuple[np.ndarray | None, ...]
     """Per ring rank the order of rows in which spans are counted; None for the layout's own."""
     anchor: Anchor | None
@@ -93,12 +97,27 @@ class Shares:
 
     def tiles(self, rank: int, origin: int) -> list[list[Tile]]:
         """Per block of heads: tiles of `rank`'s queries against all keys of `origin`."""
-        pairs = zip(self.documents[rank], self.documents[origin], strict=True)
-        return [
-            [t for tiles in self.by_document(own, keys, same=rank == origin).values() for t in tiles]
-            + (self.anchor_tiles(own, self.anchor.row) if self.anchor and self.anchor.rank == origin else [])
-            for own, keys in pairs
-        ]
+        pairs = zip(self.documents[rank], self.documents[origin], self.past[origin], strict=True)
+        same, before = rank == origin, self.past_rows[origin]
+        found = []
+        for own, keys, past in pairs:
+            tiles = [t for found in self.by_document(own, past, same=False).values() for t in found]
+            for those in self.by_document(own, keys, same=same).values():
+                tiles += [replace(t, k=t.k + before) for t in those] if before else those
+            if self.anchor and self.anchor.rank == origin:
+                tiles += self.anchor_tiles(own, self.anchor.row)
+            found.append(tiles)
+        return found
+
+    def keys(self, origin: int) -> list[Documents]:
+        """Per block of heads the spans of all keys of a rank, by document."""
+        before = self.past_rows[origin]
+        found = []
+        for past, own in zip(self.past[origin], self.documents[origin], strict=True):
+            spans = [s for those in past.values() for s in those]
+            spans += [replace(s, row=s.row + before) for those in own.values() for s in those]
+            found.append(by_document(spans))
+        return found
 
     def by_document(
         self, queries: Documents, keys: Documents, *, same: bool
@@ -129,7 +148,7 @@ class Shares:
         of them anyway, and every hop is then one slice per document.
         """
         needed: list[tuple[int, int]] = []
-        for queries, keys in zip(self.documents[rank], self.documents[origin], strict=True):
+        for queries, keys in zip(self.documents[rank], self.keys(origin), strict=True):
             for document, tiles in self.by_document(queries, keys, same=False).items():
                 if self.mask.dense:
                     needed.append((keys[document][0].row, keys[document][-1].row + keys[document][-1].length))
@@ -160,20 +179,28 @@ def make_step(shares: Shares, tiles: Sequence[list[Tile]], num_keys: int) -> Ste
 def _shares(layout: SequenceLayout, mask: Mask, blocks: tuple[Heads | None, ...]) -> Shares:
     documents, orders = [], []
     for segments in layout.segments:
-        spans = [Span(document=(s.document,), start=s.start, length=s.length, row=s.row) for s in segments]
+        spans = _spans(segments)
         order = None
         if mask.block_stride is not None:
             spans, order = _strided(spans, *mask.block_stride)
         documents.append(tuple(by_document(_grouped(spans, mask.group_shift, heads)) for heads in blocks))
         orders.append(order)
+    past = layout.past or ((),) * layout.ring
+    past_rows = tuple(layout.past_rows(rank) for rank in range(layout.ring))
     return Shares(
         mask=mask,
         blocks=blocks,
         documents=tuple(documents),
-        rows=tuple(layout.ring_tokens(rank) for rank in range(layout.ring)),
+        past=tuple(tuple(by_document(_spans(own)) for _ in blocks) for own in past),
+        past_rows=past_rows,
+        rows=tuple(before + layout.ring_tokens(rank) for rank, before in enumerate(past_rows)),
         orders=tuple(orders),
         anchor=_anchor(layout) if mask.anchor else None,
     )
+
+
+def _spans(segments: Sequence[Segment]) -> list[Span]:
+    return [Span(document=(s.document,), start=s.start, length=s.length, row=s.row) for s in segments]
 
 
 def _anchor(layout: SequenceLayout) -> Anchor | None:

@@ -109,6 +109,8 @@ def check_strategy(name: str, layout: SequenceLayout, mask: Mask) -> None:
                 f"attention.strategy={name!r} does not serve layout.{axis}={size}; "
                 f"set parallel.{axis}=1, or choose one of {able}"
             )
+    if layout.past:
+        _check_slices(name, mask)
     for feature in mask.features():
         if feature not in own.masks:
             able = [n for n, s in STRATEGIES.items() if feature in s.masks]
@@ -116,3 +118,11 @@ def check_strategy(name: str, layout: SequenceLayout, mask: Mask) -> None:
                 f"attention.strategy={name!r} does not compute mask {feature}={getattr(mask, feature)}; "
                 f"choose one of {able}"
             )
+
+
+def _check_slices(name: str, mask: Mask) -> None:
+    """Keys of earlier slices are told apart by their positions in the document alone."""
+    apart = sorted({"anchor", "group_shift", "block_stride"} & set(mask.features()))
+    if apart or name == "allgather":
+        what = f"mask {apart[0]}" if apart else f"attention.strategy={name!r}"
+        raise UnsupportedError(f"{what} does not work on slices of a sequence; set pipeline.slices=1")

@@ -3,6 +3,8 @@
 Shapes: t = tokens of the data rank, n = rows of one tp rank, E = width of the stream, R = tp ranks.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
@@ -33,7 +35,23 @@ def split_parameter(whole: Tensor, dim: int, mesh: Mesh) -> nn.Parameter:
     return nn.Parameter(stored, requires_grad=whole.requires_grad)
 
 
-class ColumnLinear(nn.Module):
+def _product(x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight(), bias)
+
+
+Product = Callable[[Tensor, Callable[[], Tensor], Tensor | None], Tensor]
+"""(x, weight as it is when called, bias) -> x weight^T + bias."""
+
+
+class SplitLinear(nn.Module):
+    """A matrix of which this tp rank uses a part. `product` multiplies by it, and may be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product: Product = _product
+
+
+class ColumnLinear(SplitLinear):
     """Output rows split over tp: [t, E] -> [t, out / R]; the caller has gathered the tokens."""
 
     def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
@@ -43,10 +61,11 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, E] -> [t, out / R]."""
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        bias = None if self.bias is None else local(self.bias)
+        return self.product(x, lambda: local(self.weight), bias)
 
 
-class SharedLinear(nn.Module):
+class SharedLinear(SplitLinear):
     """Fewer heads than ranks: stored whole, each rank computes the head that its queries use.
 
     R / K neighbouring ranks share one of the K heads. Gradients are summed over tp with those of
@@ -62,10 +81,11 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, E] -> [t, D]."""
-        return F.linear(x, self.weight[self.rows], None if self.bias is None else self.bias[self.rows])
+        bias = None if self.bias is None else self.bias[self.rows]
+        return self.product(x, lambda: self.weight[self.rows], bias)
 
 
-class RowLinear(nn.Module):
+class RowLinear(SplitLinear):
     """Inputs split over tp; the partial results are summed while tokens are divided."""
 
     def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
@@ -76,5 +96,5 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, in / R] -> [n, E]."""
-        y: Tensor = self.scatter(F.linear(x, local(self.weight)))
+        y: Tensor = self.scatter(self.product(x, lambda: local(self.weight), None))
         return y if self.bias is None else y + self.bias

@@ -43,7 +43,7 @@ def split(model: nn.Module, blocks: Iterable[nn.Module], *, mesh: Mesh) -> None:
             _split_region(block.get_submodule(region.name), region, mesh)
     _split_vocabulary(model, inside, mesh)
     model.register_forward_pre_hook(partial(_noise_of_rows, mesh.group("tp")), with_kwargs=True)
-    model.register_forward_hook(_without_padding)
+    model.register_forward_hook(_without_padding, with_kwargs=True)
 
 
 def _split_region(module: nn.Module, region: Region, mesh: Mesh) -> None:
@@ -83,12 +83,19 @@ def _noise_of_rows(
     group: Group, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     # Between the matrices a rank holds the rows n of its tokens t: it drops from those.
-    count = -(-len(args[0]) // group.size)
+    layout = kwargs.get("layout")
+    count = -(-(len(args[0]) if layout is None else len(layout.token_index)) // group.size)
     rows = {k: v.rows(group.rank * count, count) for k, v in kwargs.items() if isinstance(v, TokenNoise)}
     return args, kwargs | rows
 
 
-def _without_padding(model: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-    rows = len(args[0])
+def _without_padding(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor
+) -> Tensor:
+    # A model that is told the layout may have been given another tp rank's share of the stream.
+    layout = kwargs.get("layout")
+    rows = len(args[0]) if layout is None else len(layout.token_index)
+    if len(logits) < rows:
+        return logits  # the stream, not logits
     # A copy: FSDP hangs its backward hook on the output, which must not be a view.
     return logits if len(logits) == rows else logits[:rows].clone()

@@ -163,7 +163,7 @@ def test_resolving_twice_changes_nothing():
             ["parallel.tp=4", "model.num_heads=12", "model.num_kv_heads=6"],
             ["parallel.tp=4 neither divides model.num_kv_heads=6", "choose one of 1, 2, 3, 6, 12"],
         ),
-        (["parallel.pp=2"], ["parallel.pp=2", "pipeline"]),
+        (["parallel.pp=8"], ["parallel.pp=8", "set parallel.pp=4"]),
         (["parallel.ep=2"], ["parallel.ep=2", "expert"]),
         (["data.seq_len=16k"], ["data.seq_len=16k exceeds train.microbatch_tokens=8k"]),
         (

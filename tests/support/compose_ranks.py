@@ -43,9 +43,12 @@ def run_one_step(base, layout: dict, extra: tuple[str, ...], *, label: str = "")
     return run_ranks(one_step, size, base, name, layout, extra, init=False)
 
 
-def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+def worst_error(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, floor: float | None = None
+) -> tuple[float, str]:
     """Largest error over the gradients, each on its own scale, floored at 1e-3 of the median's."""
-    floor = 1e-3 * torch.stack([g.abs().max() for g in expected.values()]).median()
+    if floor is None:
+        floor = 1e-3 * float(torch.stack([g.abs().max() for g in expected.values()]).median())
     assert found.keys() == expected.keys()
     errors = {
         key: float((found[key] - want).abs().max() / max(want.abs().max(), floor))
