@@ -126,11 +126,11 @@ class Mesh:
             ) from None
 
     def subgroup(self, axis: str, members: tuple[int, ...]) -> Group | None:
-        """Some ranks along an axis; every rank of the world calls it, in one order.
+        """Some ranks along an axis, with a communicator of their own; every rank of the world calls it.
 
         Args:
-            axis: "pp", or another one of `AXES`.
-            members: indices along the axis.
+            axis: one of `AXES`.
+            members: indices along the axis, ascending.
 
         Returns:
             The group, on its members; None elsewhere.

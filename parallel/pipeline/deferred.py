@@ -33,6 +33,11 @@ class Deferred:
     def __init__(self) -> None:
         self._open: list[Callable[[], None]] | None = None
 
+    @property
+    def collects(self) -> bool:
+        """Whether a split backward is under way."""
+        return self._open is not None
+
     @contextmanager
     def collecting(self) -> Iterator[list[Callable[[], None]]]:
         """Backward inside puts off the weights' gradients; calling the list's entries computes them."""
@@ -56,12 +61,15 @@ class Deferred:
         y: Tensor = _Product.apply(x, weight().detach(), weight, self)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
 
-    def put(self, x: Tensor, dy: Tensor, weight: Weight) -> None:
-        """Leave dy^T x for later; without rows there is nothing to leave outside `collecting`."""
-        if self._open is not None:
-            self._open.append(partial(_accumulate, x, dy, weight))
-        elif len(x):
+    def later(self, gradient: Callable[[], None]) -> None:
+        """Leave a computation for later.
+
+        Raises:
+            RuntimeError: not inside `collecting`.
+        """
+        if self._open is None:
             raise RuntimeError("a backward of this model is split: call it inside Deferred.collecting()")
+        self._open.append(gradient)
 
 
 class _Product(torch.autograd.Function):
@@ -75,7 +83,10 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         x, value = ctx.saved_tensors
-        ctx.deferred.put(x, dy, ctx.weight)
+        # The flush of a step has no rows and nothing later. An empty microbatch leaves a gradient of
+        # zeros: FSDP leaves out parameters without one, and every rank must reduce the same.
+        if x.numel() or ctx.deferred.collects:
+            ctx.deferred.later(partial(_accumulate, x, dy, ctx.weight))
         return dy @ value, None, None, None
 
 

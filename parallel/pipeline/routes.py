@@ -5,6 +5,7 @@ per hop; backward goes through the same hops from the last to the first.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Part = int | Literal["embed", "head"]
@@ -60,6 +61,15 @@ class Placement:
         """Ranks that hold a part's parameters; several hold replicas, whose gradients are summed."""
         routes = [self.route(microbatch) for microbatch in range(2)]
         return tuple(sorted({hop.rank for route in routes for hop in route if hop.part == part}))
+
+    def links(self) -> list[tuple[int, int]]:
+        """(sender, receiver) pairs, each way of every boundary that any microbatch crosses, in one order."""
+        pairs = set()
+        for microbatch in range(2):
+            for left, right in pairwise(self.route(microbatch)):
+                if left.rank != right.rank:
+                    pairs |= {(left.rank, right.rank), (right.rank, left.rank)}
+        return sorted(pairs)
 
 
 def looped(num_ranks: int, chunks: int) -> Placement:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import fsdp
-from ..comm import Pending, exchange
+from ..comm import Group, Pending, exchange
 from ..mesh import Mesh
 from .actions import FORWARD, UPSTREAM, Action, Message, Schedule, forward_only, gives, message_of, needs
 from .deferred import Deferred
@@ -56,7 +56,24 @@ class Pipeline:
     """Where it lives."""
     deferred: Deferred | None = None
     """Collects what a split backward leaves for later; None: backward is not split."""
+    _links: dict[tuple[int, int], Group] = field(init=False, repr=False)
     _schedules: dict[tuple[int, bool], Schedule] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Connect to the neighbours; every rank of the world does it together.
+
+        On GPUs each direction has a communicator of its own: NCCL runs one communicator's messages one
+        after the other, and two ranks that both send first would wait for each other.
+        """
+        self._links = {}
+        for pair in self.spec.placement().links() if self.device.type == "cuda" else ():
+            group = self.mesh.subgroup("pp", (min(pair), max(pair)))
+            if group is not None:
+                self._links[pair] = group
+
+    def link(self, sender: int, receiver: int) -> Group:
+        """The group in which one rank of the pp axis sends to another."""
+        return self._links.get((sender, receiver), self.mesh.group("pp"))
 
     def backward(self, model: nn.Module, work: Work, microbatches: int) -> None:
         """Forward and backward of a step; gradients end reduced and summed in `.grad`.
@@ -89,8 +106,8 @@ class _Execution:
 
     def __init__(self, pipeline: Pipeline, schedule: Schedule, work: Work, model: nn.Module | None) -> None:
         self._pipeline, self._work, self._model = pipeline, work, model
-        self._group = pipeline.mesh.group("pp")
-        self._actions = schedule.lists[self._group.rank]
+        self._rank = pipeline.mesh.coordinate("pp")
+        self._actions = schedule.lists[self._rank]
         self._routes = [schedule.placement.route(m) for m in range(schedule.microbatches)]
         self._kept: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
         self._values: dict[Message, Tensor] = {}
@@ -133,16 +150,23 @@ class _Execution:
         pipeline = self._pipeline
         rows = self._work.rows(action.microbatch, action.slice)
         buffer = torch.empty(rows, pipeline.width, dtype=pipeline.dtype, device=pipeline.device)
-        receives = [(action.peer, buffer)] if rows else []
-        pending = exchange([], receives, self._group, kind=KIND, step=action.microbatch)
+        link = pipeline.link(action.peer, self._rank)
+        pending = exchange(
+            [],
+            [(_index(link, action.peer, self._rank), buffer)] if rows else [],
+            link,
+            kind=KIND,
+            step=action.microbatch,
+        )
         self._arriving[message_of(action)] = buffer, pending
 
     def _send(self, action: Action) -> None:
         assert action.peer is not None, "a send has a peer"
         value = self._values.pop(message_of(action)).contiguous()
-        sends = [(action.peer, value)] if value.numel() else []
+        link = self._pipeline.link(self._rank, action.peer)
+        sends = [(_index(link, action.peer, self._rank), value)] if value.numel() else []
         self._leaving = [pending for pending in self._leaving if not pending.done()]
-        self._leaving.append(exchange(sends, [], self._group, kind=KIND, step=action.microbatch))
+        self._leaving.append(exchange(sends, [], link, kind=KIND, step=action.microbatch))
 
     def _take(self, message: Message) -> Tensor:
         """A value made on this rank, or received."""
@@ -185,3 +209,8 @@ class _Execution:
 
 def _place(action: Action) -> tuple[int, int, int]:
     return action.microbatch, action.slice, action.hop
+
+
+def _index(link: Group, peer: int, rank: int) -> int:
+    """Index of a rank of the pp axis in a group of two, which is ascending, or in that of the axis."""
+    return int(peer > rank) if link.size == 2 else peer

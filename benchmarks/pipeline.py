@@ -1,0 +1,286 @@
+"""Pipeline schedules: the bubble against its formula, the runtime against torch's, one long document.
+
+1. Stages that sleep (forward 50 ms, backward 100 ms; 10 ms with --quick) on 4 gloo ranks: measured
+   share of waiting against the formula, for every schedule. Goal: at most 5% off.
+2. The same stages of matrices under our runtime and under torch.distributed.pipelining (GPipe and
+   1F1B), 2 ranks, in turns. Goal: at most 1.0x time.
+3. One document as one microbatch on 4 ranks, whole and in 16 slices, by stages whose time is that of
+   their attention and matrices. Goal: ranks wait at most 20%. With the K/V memory it costs.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import harness
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from parallel import fsdp
+from parallel.config import ParallelConfig
+from parallel.fsdp import FsdpPolicy
+from parallel.mesh import Mesh, build_mesh
+from parallel.pipeline.runtime import Pipeline
+from parallel.pipeline.schedule import SCHEDULES, Spec, bubble, make_schedule
+from parallel.pipeline.simulate import simulate
+from parallel.slices import slice_bounds
+
+WIDTH = 16
+MATRIX_WIDTH = 256
+
+
+class Sleep(torch.autograd.Function):
+    """Takes time in forward, and in the two halves of backward; computes nothing."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        """[n, E] -> [n, E]."""
+        ctx.seconds = seconds
+        time.sleep(seconds[0])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        """[n, E] -> [n, E]."""
+        time.sleep(ctx.seconds[1])
+        return grad, None
+
+
+class Stages(nn.Module):
+    """One rank's stages under one FSDP root."""
+
+    def __init__(self, stages: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(stages)
+
+    def forward(self, x: Tensor, stage: int) -> Tensor:
+        """[n, E] -> [n, E]."""
+        return self.stages[str(stage)](x)
+
+
+class SleepWork:
+    """A step of sleeping stages; `weights` gives each slice's share of a microbatch's time."""
+
+    def __init__(
+        self, model: nn.Module, deferred, seconds: tuple[float, float, float], weights=(1.0,)
+    ) -> None:
+        self.model, self.deferred, self.seconds, self.weights = model, deferred, seconds, weights
+
+    def run(self, part, x, microbatch: int, piece: int) -> Tensor:
+        """Embedding and head take no time."""
+        if part == "embed":
+            return torch.ones(1, WIDTH, requires_grad=True)
+        if part == "head":
+            return x.sum()
+        forward, inputs, weights = (each * self.weights[piece] for each in self.seconds)
+        if self.deferred is None:
+            return Sleep.apply(self.model(x, part), (forward, inputs + weights))
+        return _Split.apply(self.model(x, part), self.deferred, (forward, inputs, weights))
+
+    def rows(self, microbatch: int, piece: int) -> int:
+        """One row: the time is in the sleep."""
+        return 1
+
+    def flush(self) -> Tensor:
+        """Reduce gradients."""
+        x = torch.zeros(0, WIDTH, requires_grad=True)
+        return sum(self.model(x, int(stage)).sum() for stage in self.model.stages)
+
+
+class _Split(torch.autograd.Function):
+    """Sleeps, and leaves the weights' sleep for later as a deferred matrix does."""
+
+    @staticmethod
+    def forward(ctx, x, deferred, seconds):
+        """[n, E] -> [n, E]."""
+        ctx.deferred, ctx.seconds = deferred, seconds
+        time.sleep(seconds[0])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        """[n, E] -> [n, E]."""
+        time.sleep(ctx.seconds[1])
+        ctx.deferred.later(lambda: time.sleep(ctx.seconds[2]))
+        return grad, None, None
+
+
+def make(mesh: Mesh, spec: Spec, stage) -> tuple[Stages, Pipeline]:
+    """One rank's wrapped stages and its runtime."""
+    from parallel.pipeline.deferred import Deferred
+
+    own = spec.placement().stages_of(mesh.coordinate("pp"))
+    model = Stages({str(number): stage(number) for number in own})
+    policy = FsdpPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, reshard_after_forward=False)
+    deferred = Deferred() if spec.splits_backward else None
+    if deferred is not None:
+        deferred.attach(model.stages.values())
+    fsdp.shard(model, model.stages.values(), mesh=mesh, policy=policy)
+    width = model.stages[str(own[0])][0].in_features
+    pipeline = Pipeline(
+        spec=spec,
+        mesh=mesh,
+        width=width,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        deferred=deferred,
+    )
+    return model, pipeline
+
+
+def measured_bubble(mesh: Mesh, spec: Spec, microbatches: int, second: float, weights=(1.0,)) -> float:
+    """Share of waiting in one step after a warm-up; what ranks sleep is known."""
+    chunks = spec.placement().num_stages / spec.ranks
+    each = second / chunks
+    model, pipeline = make(mesh, spec, lambda number: nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)))
+    work = SleepWork(model, pipeline.deferred, (each, each, each), weights)
+    quick = SleepWork(model, pipeline.deferred, (0.0, 0.0, 0.0), weights)
+    pipeline.backward(model, quick, microbatches)
+    dist.barrier()
+    started = time.perf_counter()
+    pipeline.backward(model, work, microbatches)
+    dist.barrier()
+    taken = time.perf_counter() - started
+    return 1 - 3 * second * microbatches * sum(weights) / taken
+
+
+def bubbles(rank: int, ranks: int, store: str, quick: bool, results: str) -> None:
+    """Every schedule, then one document; rank 0 writes what it found."""
+    mesh = _join(rank, ranks, store)
+    second, count = (0.01, 4) if quick else (0.05, 8)
+    figures = {}
+    for name in SCHEDULES:
+        spec = Spec(name=name, ranks=ranks)
+        figures[f"bubble_{name}"] = (measured_bubble(mesh, spec, count, second), bubble(spec, count))
+    length = 1 << 20
+    bounds = slice_bounds([0, length], 16, token_cost=4096.0)
+    work = [(b * b - a * a) / 2 + 4096.0 * (b - a) for a, b in pairwise(bounds)]
+    total = 16 * second
+    weights = tuple(total / second * each / sum(work) for each in work)
+    whole = measured_bubble(mesh, Spec(ranks=ranks), 1, second, (sum(weights),))
+    cut = measured_bubble(mesh, Spec(ranks=ranks, slices=16), 1, second, weights)
+    figures["document_whole"] = (whole, bubble(Spec(ranks=ranks), 1))
+    figures["document_16_slices"] = (cut, simulate(make_schedule(Spec(ranks=ranks, slices=16), 1)).bubble)
+    if rank == 0:
+        torch.save(figures, results)
+    _leave(mesh)
+
+
+class Matrices(nn.Sequential):
+    """Residual-free linear layers with an activation between."""
+
+    def __init__(self, layers: int) -> None:
+        each = [(nn.Linear(MATRIX_WIDTH, MATRIX_WIDTH, bias=False), nn.SiLU()) for _ in range(layers)]
+        super().__init__(*(module for pair in each for module in pair))
+
+
+class MatrixWork:
+    """A step of matrices on given rows."""
+
+    def __init__(self, model: nn.Module, x: list[Tensor]) -> None:
+        self.model, self.x = model, x
+
+    def run(self, part, x, microbatch: int, piece: int) -> Tensor:
+        """Embedding: the rows as they are."""
+        if part == "embed":
+            return self.x[microbatch].clone().requires_grad_()
+        return x.square().sum() if part == "head" else self.model(x, part)
+
+    def rows(self, microbatch: int, piece: int) -> int:
+        """Rows of a microbatch."""
+        return len(self.x[microbatch])
+
+    def flush(self) -> Tensor:
+        """Not used: backward is not split."""
+        raise NotImplementedError
+
+
+def against_torch(rank: int, ranks: int, store: str, quick: bool, results: str) -> None:
+    """Our runtime and torch's over the same stages, in turns."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+    mesh = _join(rank, ranks, store)
+    rows, layers, rounds, count = (256, 2, 2, 4) if quick else (1024, 4, 9, 8)
+    x = list(torch.randn(count, rows, MATRIX_WIDTH).unbind())
+    found = {}
+    for name, schedule in (("gpipe", ScheduleGPipe), ("1f1b", Schedule1F1B)):
+        model, pipeline = make(mesh, Spec(name=name, ranks=ranks), lambda number: Matrices(layers))
+        work = MatrixWork(model, x)
+        theirs = Matrices(layers)
+        policy = FsdpPolicy(
+            param_dtype=torch.float32, reduce_dtype=torch.float32, reshard_after_forward=False
+        )
+        fsdp.shard(theirs, [], mesh=mesh, policy=policy)
+        stage = PipelineStage(theirs, rank, ranks, torch.device("cpu"), group=mesh.group("pp").handle)
+        runner = schedule(stage, count, loss_fn=lambda y, target: y.square().sum(), scale_grads=False)
+
+        def ours(pipeline=pipeline, model=model, work=work) -> None:
+            pipeline.backward(model, work, count)
+            dist.barrier()
+
+        def torchs(runner=runner) -> None:
+            whole = torch.cat(x)
+            runner.step(*([whole] if rank == 0 else []), **({"target": whole} if rank == ranks - 1 else {}))
+            dist.barrier()
+
+        seconds = harness.in_turns({"ours": ours, "torch": torchs}, rounds=rounds)
+        found[name] = (
+            harness.paired_ratio(seconds["ours"], seconds["torch"]),
+            harness.median(seconds["ours"]),
+        )
+    if rank == 0:
+        torch.save(found, results)
+    _leave(mesh)
+
+
+def _join(rank: int, ranks: int, store: str) -> Mesh:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, ranks),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=120),
+    )
+    return build_mesh(ParallelConfig(pp=ranks), "cpu")
+
+
+def _leave(mesh: Mesh) -> None:
+    mesh.close()
+    dist.destroy_process_group()
+
+
+def spawn(function, ranks: int, quick: bool) -> dict:
+    """What rank 0 of `ranks` processes found."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = str(Path(folder) / "results")
+        mp.spawn(function, (ranks, str(Path(folder) / "store"), quick, results), nprocs=ranks)
+        return torch.load(results, weights_only=True)
+
+
+def main() -> None:
+    """Print the table."""
+    args = harness.parser(__doc__).parse_args()
+    figures = {}
+    for name, (found, formula) in spawn(bubbles, 4, args.quick).items():
+        figures[name] = harness.Figure(found, "ratio", f"formula {formula:.4f}")
+        figures[f"{name}_off"] = harness.Figure(found - formula, "ratio", "measured - formula; goal 0.05")
+    for name, (ratio, seconds) in spawn(against_torch, 2, args.quick).items():
+        figures[f"{name}_over_torch"] = harness.Figure(ratio, "ratio", "ours / torch; goal at most 1.0")
+        figures[f"{name}_step"] = harness.Figure(1e3 * seconds, "ms", "ours")
+    tokens, kv_heads, head_dim, layers = 1 << 20, 8, 128, 8
+    kept = 2 * tokens * kv_heads * head_dim * layers * 2 / 2**30
+    note = "K and V of 1M tokens on one stage of 8 of 32 layers, 8 heads of 128, bf16; by formula"
+    figures["kept_kv"] = harness.Figure(kept, "GiB", note + "; gradients add 32 GiB in backward")
+    harness.report(__file__, figures, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
