@@ -50,7 +50,12 @@ def assert_equal(results: list, expected, dtype: str = "float64") -> None:
 
 
 def swapped_reference(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]):
-    """`one_step` on one process; odd microbatches go through layers 1, 0, ..., n-1, n-2."""
+    """`one_step` on one process; odd microbatches go through layers 1, 0, ..., n-1, n-2.
+
+    A data group counts its own microbatches: with `GROUPS=n` in `extra` it has every n-th one.
+    """
+    groups = next((int(e.split("=")[1]) for e in extra if e.startswith("GROUPS=")), 1)
+    extra = tuple(e for e in extra if not e.startswith("GROUPS="))
     from longctx.build import build
     from longctx.model.parts import Parts
     from longctx.train.losses import Losses
@@ -62,7 +67,7 @@ def swapped_reference(rank: int, size: int, base, name: str, layout: dict, extra
     batches = run.loader.step(0)
     for number, batch in enumerate(batches):
         order = list(range(config.model.num_layers))
-        if number % 2:
+        if number // groups % 2:
             order[:2], order[-2:] = order[1::-1], order[:-3:-1]
         fsdp.set_gradient_sync(run.model, number == len(batches) - 1)
         whole = run.layout(batch.cu_seqlens)
