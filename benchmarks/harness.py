@@ -37,13 +37,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return flags
 
 
-def in_turns(candidates: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    candidates: Mapping[str, Callable[[], None]], *, rounds: int, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each candidate, measured A B C A B C, so that noise falls on all alike.
 
-    The first round warms up and is not counted.
+    The first round warms up and is not counted, unless everything has run before (`warm`).
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(rounds + 1):
+    for index in range(warm, rounds + 1):
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
