@@ -278,7 +278,9 @@ def main() -> None:
     tokens, kv_heads, head_dim, layers = 1 << 20, 8, 128, 8
     kept = 2 * tokens * kv_heads * head_dim * layers * 2 / 2**30
     note = "K and V of 1M tokens on one stage of 8 of 32 layers, 8 heads of 128, bf16; by formula"
-    figures["kept_kv"] = harness.Figure(kept, "GiB", note + "; gradients in float32 add twice as much in backward")
+    figures["kept_kv"] = harness.Figure(
+        kept, "GiB", note + "; gradients in float32 add twice as much in backward"
+    )
     harness.report(__file__, figures, args)
 
 
