@@ -86,7 +86,7 @@ def test_nvidia_smi_is_read(monkeypatch, tmp_path):
 def rank(monkeypatch, tmp_path):
     """Run the end of a worker's life as some rank; returns its exit code and the status file."""
     monkeypatch.setattr(worker, "_resolved", lambda loaded: loaded.config)
-    monkeypatch.setattr(worker, "_world", lambda config: None)
+    monkeypatch.setattr(worker, "torchrun_world", lambda device: None)
     path = tmp_path / "status.json"
 
     def run(rank, outcome):
