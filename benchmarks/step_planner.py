@@ -12,12 +12,17 @@ checked here, and its time is computed here from its groups; nothing that the pl
 """
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import harness
 import numpy as np
+
+sys.path.insert(0, str(harness.ROOT / "tests" / "support"))
+
+from static_groups import static_ms
 
 from parallel.planner.certificate import certified_bound
 from parallel.planner.sequence import SequenceCost, StepPlan, plan_step
@@ -112,20 +117,6 @@ def checked_ms(plan: StepPlan, lengths: Sequence[int], cost: SequenceCost, num_r
         total += slowest + cost.beta_ms
     assert sorted(placed) == list(range(len(lengths)))
     return total
-
-
-def static_ms(lengths: Sequence[int], degree: int, num_ranks: int, cost: SequenceCost) -> float:
-    """Groups of one degree, filled by best fit decreasing, slowest together in a microbatch."""
-    room = cost.capacity_tokens * degree
-    bins: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [own for own in bins if sum(own) + length <= room]
-        if fitting:
-            max(fitting, key=sum).append(length)
-        else:
-            bins.append([length])
-    loads = sorted((sum(cost.piece_ms(n, degree) for n in own) for own in bins), reverse=True)
-    return sum(cost.beta_ms + load for load in loads[:: num_ranks // degree])
 
 
 def best_static_ms(lengths: Sequence[int], num_ranks: int, cost: SequenceCost) -> float:

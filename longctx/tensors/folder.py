@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -201,8 +202,8 @@ class RemoteFolder:
             self._system.rm(self._path(name), recursive=True)
 
     def publish(self, name: str, final: str) -> None:
-        """Not possible."""
-        raise NotImplementedError(f"{self.where} cannot rename {name} to {final}")
+        """Refused: object stores cannot rename; callers ask `renames` first."""
+        raise UnsupportedOperation(f"{self.where} cannot rename {name} to {final}")
 
     def free_bytes(self) -> int | None:
         """Unknown."""

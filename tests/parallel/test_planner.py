@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from static_groups import static_ms
 
 from parallel.errors import PlanError
 from parallel.planner.sequence import (
@@ -58,20 +59,6 @@ def test_long_pieces_get_wide_groups_and_time_is_what_the_cost_says(seed):
         loads = [sum(cost.piece_ms(lengths[p], g.degree) for p in g.pieces) for g in groups]
         times.append(cost.beta_ms + max(loads))
     assert plan.time_ms == pytest.approx(sum(times), rel=1e-12)
-
-
-def static_ms(lengths: list[int], degree: int, num_ranks: int, cost: SequenceCost) -> float:
-    """Best fit decreasing into microbatches of groups that all have one degree."""
-    room, groups = cost.capacity_tokens * degree, num_ranks // degree
-    bins: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [b for b in bins if sum(b) + length <= room]
-        if fitting:
-            max(fitting, key=sum).append(length)
-        else:
-            bins.append([length])
-    loads = sorted((sum(cost.piece_ms(n, degree) for n in b) for b in bins), reverse=True)
-    return sum(cost.beta_ms + loads[i] for i in range(0, len(loads), groups))
 
 
 @pytest.mark.parametrize("seed", range(5))
