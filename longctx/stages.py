@@ -49,11 +49,10 @@ class Stages:
             head=self.rank in placement.hosts("head"),
         )
 
-    def parts(self, part: Part) -> Parts:
-        """What one part of the pipeline computes."""
-        if part == "embed":
-            return Parts(embed=True)
-        return Parts(head=True) if part == "head" else Parts(layers=tuple(self.layers[part]))
+    def parts(self, parts: tuple[Part, ...]) -> Parts:
+        """What some parts of the pipeline compute together."""
+        layers = tuple(n for part in parts if isinstance(part, int) for n in self.layers[part])
+        return Parts(embed="embed" in parts, layers=layers, head="head" in parts)
 
     def deferred(self) -> Deferred | None:
         """Where weight gradients are put off to, if the schedule splits backward."""

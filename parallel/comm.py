@@ -6,86 +6,21 @@ Sizes come from the caller's plan, never from the peer: a size mismatch on gloo 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .counter import Counter as Counter
-from .errors import PeerLost
+from .group import Group as Group
+from .group import Pending as Pending
+from .group import naming as naming
 
 # torch 2.13 renamed both and warns about the old names; 2.11 has only those.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Group:
-    """Ranks that communicate along one mesh axis, as seen by one of them."""
-
-    axis: str
-    """Name of the axis, for messages."""
-    rank: int
-    """This process's index in `ranks`."""
-    ranks: tuple[int, ...]
-    """Global ranks, in the axis' order."""
-    handle: Any = None
-    """torch.distributed ProcessGroup; None when the group has one rank."""
-    counter: Counter = field(default_factory=Counter)
-    """Where calls and bytes are counted."""
-    warmed: list[bool] = field(default_factory=list)
-    """Not empty once `warm_up` has run."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return len(self.ranks)
-
-
-class Pending:
-    """Communication under way; `wait` returns when its buffers may be used."""
-
-    __slots__ = ("_after", "_group", "_keep", "_kind", "_step", "_works")
-
-    def __init__(self, group: Group, kind: str, step: int | None) -> None:
-        self._group, self._kind, self._step = group, kind, step
-        self._works: list[tuple[int | None, Any]] = []
-        self._after: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._keep: list[torch.Tensor] = []
-
-    def done(self) -> bool:
-        """Whether every part has ended, without waiting; its buffers are then released by `wait`."""
-        return all(work.is_completed() for _, work in self._works)
-
-    def wait(self) -> None:
-        """Wait for every part.
-
-        Raises:
-            PeerLost: a peer did not answer within the group's timeout, or closed its connection.
-        """
-        works, self._works = self._works, []
-        for peer, work in works:
-            with naming(self._group, self._kind, peer=peer, step=self._step):
-                work.wait()
-        for target, staged in self._after:
-            target.copy_(staged)
-        self._after, self._keep = [], []
-
-
-@contextmanager
-def naming(group: Group, kind: str, *, peer: int | None = None, step: int | None = None) -> Iterator[None]:
-    """Turn a backend's error into `PeerLost`; `peer` is an index into the group, if it is known."""
-    try:
-        yield
-    except RuntimeError as error:
-        rank = None if peer is None else group.ranks[peer]
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        detail = f"{kind} among ranks {list(group.ranks)} failed ({words})"
-        raise PeerLost(axis=group.axis, rank=rank, step=step, detail=detail) from error
 
 
 def warm_up(group: Group) -> None:
@@ -129,24 +64,32 @@ def exchange(
         return pending
     group.counter.add(kind, sum(tensor.nbytes for _, tensor in sends))
     staged = _stages_through_host(group, (receives or sends)[0][1])
-    operations = []
-    for peer, tensor in sends:
-        source = tensor.cpu() if staged else tensor
-        pending._keep.append(source)
-        operations.append(dist.P2POp(dist.isend, source, group=group.handle, group_peer=peer))
-    for peer, buffer in receives:
-        target = torch.empty_like(buffer, device="cpu") if staged else buffer
-        if staged:
-            pending._after.append((buffer, target))
-        operations.append(dist.P2POp(dist.irecv, target, group=group.handle, group_peer=peer))
-    peers = [peer for peer, _ in sends] + [peer for peer, _ in receives]
+    sources = [(peer, tensor.cpu() if staged else tensor) for peer, tensor in sends]
+    targets = [(peer, torch.empty_like(b, device="cpu") if staged else b) for peer, b in receives]
+    pending._keep += [source for _, source in sources]
+    if staged:
+        pending._after += [(b, t) for (_, b), (_, t) in zip(receives, targets, strict=True)]
+    peers = [peer for peer, _ in (*sources, *targets)]
     with naming(group, kind, step=step):
-        works = dist.batch_isend_irecv(operations)
+        works = _start(sources, targets, group)
     # NCCL coalesces a batch into one work, gloo returns one per operation.
     pending._works = (
         list(zip(peers, works, strict=True)) if len(works) == len(peers) else [(None, w) for w in works]
     )
     return pending
+
+
+def _start(
+    sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]], group: Group
+) -> list[Any]:
+    if _is_gloo(group, (receives or sends)[0][1]):
+        # Called as torch does in the end: what it checks before takes longer than a small message.
+        sent = [group.handle.send([source], peer, 0) for peer, source in sends]
+        return sent + [group.handle.recv([target], peer, 0) for peer, target in receives]
+    operations = [dist.P2POp(dist.isend, t, group=group.handle, group_peer=peer) for peer, t in sends]
+    operations += [dist.P2POp(dist.irecv, t, group=group.handle, group_peer=peer) for peer, t in receives]
+    works: list[Any] = dist.batch_isend_irecv(operations)
+    return works
 
 
 def all_to_all(

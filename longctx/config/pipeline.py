@@ -90,12 +90,6 @@ def check_pipeline(config: Config, degrees: ParallelConfig) -> None:
         raise ConfigError("pipeline.swap_ends=true needs equal stages; remove pipeline.speeds")
     if spec.splits_backward:
         _check_split(config)
-    if config.eval.every_tokens:
-        raise ConfigError(
-            f"eval.every_tokens={config.eval.every_tokens} needs the whole model on every rank, and "
-            f"parallel.pp={degrees.pp} divides it; set eval.every_tokens=0 (held-out losses still come), and "
-            "run longctx eval on a checkpoint with parallel.pp=1"
-        )
     if asked.slices > 1 and config.attention.strategy == "allgather":
         raise ConfigError(
             f"pipeline.slices={asked.slices} does not work with attention.strategy=allgather; set "

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from parallel import comm, fsdp
+from parallel.layout import SequenceLayout
 from parallel.tensor.vocabulary import VocabShard
 
 from ..build import Run
-from ..data.batch import PackedBatch
+from ..data.batch import LocalBatch, PackedBatch
 from ..model.loss import token_loss
+from ..staged import forward_all
 
 IGNORED = -1
 """Label of a token that is not scored."""
@@ -73,48 +75,65 @@ def score(run: Run, rows: Sequence[Row], *, labels: int, clock: Clock) -> list[S
     Returns:
         For each row its sums, or None where time ran out.
 
-    Cost: one forward for each row, then one all-reduce of [n, L, 3].
+    Cost: one forward for each row, then one all-reduce of [n, L, 3] over data ranks and stages. A
+        pipeline takes as many rows at a time as it has stages.
     """
-    mesh, device = run.mesh, run.world.device
-    groups, mine = mesh.num_data_groups, mesh.data_group_index
-    sums = torch.zeros(len(rows), labels, 3, dtype=torch.float64, device=device)
+    mesh, stages = run.mesh, run.mesh.size("pp")
+    sums = _Sums(run, rows, labels)
     done = 0
     with fsdp.forward_only(run.model):
-        for first in range(0, len(rows), groups):
+        for first in range(0, len(rows), mesh.num_data_groups * stages):
             if clock.over():
                 break
-            number = first + mine
-            if number < len(rows):
-                _add(run, rows[number], sums[number])
-            else:
-                run.forward(PackedBatch.empty())  # every rank takes part in every gather
-            done = min(first + groups, len(rows))
-    total = comm.all_reduce(sums, mesh.group("data")).cpu()
+            mine = range(first + mesh.data_group_index * stages, first + (mesh.data_group_index + 1) * stages)
+            forward_all(run, [sums.batch(number) for number in mine], sums)
+            done = min(first + mesh.num_data_groups * stages, len(rows))
+    total = comm.all_reduce(comm.all_reduce(sums.total, mesh.group("data")), mesh.group("pp")).cpu()
     ready = [Sums(loss=row[:, 0], tokens=row[:, 1], hits=row[:, 2]) for row in total[:done]]
     return [*ready, *[None] * (len(rows) - done)]
 
 
-def _add(run: Run, row: Row, sums: Tensor) -> None:
-    """Add this rank's tokens of a row to `sums` [L, 3]."""
-    length = len(row.labels)
-    batch = PackedBatch(
-        input_ids=row.ids[:length],
-        targets=row.ids[1:],
-        position_ids=torch.arange(length),
-        rope_id=torch.zeros(length, dtype=torch.int64),
-        loss_mask=row.labels != IGNORED,
-        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
-        doc_ids=(0,),
-    )
-    logits, local, layout = run.forward(batch)
-    labels = row.labels[layout.token_index].to(logits.device)  # [t]
-    counted = labels != IGNORED
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = torch.empty(len(labels), dtype=wide, device=logits.device)
-    token_loss(logits, local.targets, counted, run.vocab_shard, losses=losses)
-    hits = greedy_hits(logits, local.targets, run.vocab_shard)
-    columns = torch.stack((losses.double(), torch.ones_like(losses).double(), hits.double()), dim=1)
-    sums.index_add_(0, labels[counted], columns[counted])
+class _Sums:
+    """What the rows' tokens on this rank add up to.
+
+    Attributes:
+        total: float64 [n, L, 3], losses, tokens and hits of every row.
+    """
+
+    def __init__(self, run: Run, rows: Sequence[Row], labels: int) -> None:
+        self._run, self._rows = run, rows
+        self.total = torch.zeros(len(rows), labels, 3, dtype=torch.float64, device=run.world.device)
+
+    def batch(self, number: int) -> PackedBatch:
+        """A row as a microbatch; beyond the last an empty one: every rank takes part in every gather."""
+        if number >= len(self._rows):
+            return PackedBatch.empty()
+        row = self._rows[number]
+        length = len(row.labels)
+        return PackedBatch(
+            input_ids=row.ids[:length],
+            targets=row.ids[1:],
+            position_ids=torch.arange(length),
+            rope_id=torch.zeros(length, dtype=torch.int64),
+            loss_mask=row.labels != IGNORED,
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+            doc_ids=(number,),
+        )
+
+    def add(self, logits: Tensor, local: LocalBatch, batch: PackedBatch, layout: SequenceLayout) -> Tensor:
+        """Add this rank's tokens of a row."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        losses = torch.empty(len(logits), dtype=wide, device=logits.device)
+        shard = self._run.vocab_shard
+        loss, _ = token_loss(logits, local.targets, local.loss_mask, shard, losses=losses)
+        if not batch.doc_ids:
+            return loss
+        labels = self._rows[batch.doc_ids[0]].labels[layout.token_index].to(logits.device)  # [t]
+        counted = local.loss_mask
+        hits = greedy_hits(logits, local.targets, shard)
+        columns = torch.stack((losses.double(), torch.ones_like(losses).double(), hits.double()), dim=1)
+        self.total[batch.doc_ids[0]].index_add_(0, labels[counted], columns[counted])
+        return loss
 
 
 def greedy_hits(logits: Tensor, targets: Tensor, shard: VocabShard | None) -> Tensor:

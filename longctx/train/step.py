@@ -11,8 +11,8 @@ from parallel.lost import lost_ranks_named
 from ..build import Run
 from ..data.batch import PackedBatch
 from ..errors import TrainingDiverged
+from ..staged import StageWork, forward_all
 from .losses import Losses
-from .staged import StageWork
 from .tally import Tally, tally_of
 
 
@@ -106,12 +106,7 @@ def evaluate(run: Run) -> dict[str, float]:
     batches = [held_out.batch for held_out in run.held_out]
     doing = f"evaluation after step {run.progress.step}"
     with lost_ranks_named(doing, run.mesh.group("fsdp")), fsdp.forward_only(run.model):
-        if run.pipeline is None:
-            for batch in batches:
-                logits, local, layout = run.forward(batch)
-                losses.add(logits, local, batch, layout)
-        else:
-            run.pipeline.forward(StageWork(run, batches, losses, slices=1), len(batches))
+        forward_all(run, batches, losses)
     # One rank of each sequence group counts its bytes.
     speaker = run.mesh.coordinate("cp") == 0 and run.mesh.coordinate("pp") == 0
     counted = sum(held_out.text_bytes or 0.0 for held_out in run.held_out) if speaker else 0.0

@@ -22,8 +22,8 @@ from ..config.schema import Config, DegreesConfig, StepPlanConfig
 from ..data.batch import LocalBatch, PackedBatch, build_batch
 from ..errors import ConfigError
 from ..model.params import parameter_shapes
+from ..staged import forward_all
 from .losses import Losses
-from .staged import StageWork
 from .step import backward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -205,11 +205,8 @@ class _Logits(Losses):
 def _logits(run: Run, batch: PackedBatch) -> tuple[torch.Tensor | None, SequenceLayout]:
     """Logits [t, V] of this rank's tokens, on the last stage, and which tokens they are."""
     with fsdp.forward_only(run.model):
-        if run.pipeline is None:
-            logits, _, layout = run.forward(batch)
-            return logits, layout
         losses = _Logits(run)
-        run.pipeline.forward(StageWork(run, [batch], losses, slices=1), 1)
+        forward_all(run, [batch], losses)
     return losses.kept, run.layout(batch.cu_seqlens, batch.degree)
 
 

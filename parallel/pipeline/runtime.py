@@ -5,6 +5,7 @@ rank knows it from the step's plan. Activations and gradients travel as this ran
 and the sequence axes have already divided.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,10 +28,11 @@ KIND = "pipeline"
 class Work(Protocol):
     """What the parts compute; given by the model's owner, anew for every step."""
 
-    def run(self, part: Part, x: Tensor | None, microbatch: int, piece: int) -> Tensor:
-        """Output [n, E] of a part for one slice of a microbatch; of the head the summed loss, a scalar.
+    def run(self, parts: tuple[Part, ...], x: Tensor | None, microbatch: int, piece: int) -> Tensor:
+        """Output [n, E] of parts for one slice of a microbatch; of the head the summed loss, a scalar.
 
-        `x` is the stream [n, E]; None for the embedding.
+        The parts are one stage, the embedding with the first stage, or the head. `x` is the stream [n, E];
+        None for the embedding.
         """
 
     def rows(self, microbatch: int, piece: int) -> int:
@@ -96,7 +98,7 @@ class Pipeline:
         """The action lists for so many microbatches, made once."""
         key = microbatches, forward
         if key not in self._schedules:
-            made = make_schedule(self.spec.whole() if forward else self.spec, microbatches)
+            made = make_schedule(self.spec.plain() if forward else self.spec, microbatches)
             self._schedules[key] = forward_only(made) if forward else made
         return self._schedules[key]
 
@@ -108,18 +110,20 @@ class _Execution:
         self._pipeline, self._work, self._model = pipeline, work, model
         self._rank = pipeline.mesh.coordinate("pp")
         self._actions = schedule.lists[self._rank]
+        backwards = [a for a in self._actions if a.kind in UPSTREAM and a.hop > 0]
+        self._last = backwards[-1] if backwards and pipeline.deferred is None else None
         self._routes = [schedule.placement.route(m) for m in range(schedule.microbatches)]
         self._kept: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
         self._values: dict[Message, Tensor] = {}
         self._arriving: dict[Message, tuple[Tensor, Pending]] = {}
-        self._leaving: list[Pending] = []
+        self._leaving: deque[Pending] = deque()
         self._weights: dict[tuple[int, int, int], list[Callable[[], None]]] = {}
 
     def run(self) -> None:
         """Execute this rank's actions, then finish what is under way."""
-        splits = self._pipeline.deferred is not None
-        last = -1 if splits else self._last_backward()
-        for index, action in enumerate(self._actions):
+        if self._model is not None:
+            fsdp.set_last_backward(self._model, False)
+        for action in self._actions:
             if action.kind == "receive":
                 self._receive(action)
             elif action.kind == "send":
@@ -130,20 +134,20 @@ class _Execution:
                 for gradient in self._weights.pop(_place(action)):
                     gradient()
             else:
-                self._backward(action, self._routes[action.microbatch], last=index == last)
+                self._backward(action, self._routes[action.microbatch])
         for pending in self._leaving:
             pending.wait()
-        if self._model is not None and splits:
-            # Weights' gradients come outside of any backward: one without tokens reduces them all.
-            fsdp.set_last_backward(self._model, True)
-            self._work.flush().backward()
         if self._model is not None:
-            # Parts that the last backward did not touch are still gathered; the optimizer would
-            # update their shards and the next forward use the stale copy.
-            fsdp.reshard(self._model)
+            self._reduce(self._model)
 
-    def _last_backward(self) -> int:
-        return max((i for i, a in enumerate(self._actions) if a.kind in UPSTREAM), default=-1)
+    def _reduce(self, model: nn.Module) -> None:
+        if self._pipeline.deferred is not None:
+            # Weights' gradients come outside of any backward: one without tokens reduces them all.
+            fsdp.set_last_backward(model, True)
+            self._work.flush().backward()
+        # Parts that the last backward did not touch are still gathered; the optimizer would
+        # update their shards and the next forward use the stale copy.
+        fsdp.reshard(model)
 
     def _receive(self, action: Action) -> None:
         assert action.peer is not None, "a receive has a peer"
@@ -165,7 +169,8 @@ class _Execution:
         value = self._values.pop(message_of(action)).contiguous()
         link = self._pipeline.link(self._rank, action.peer)
         sends = [(_index(link, action.peer, self._rank), value)] if value.numel() else []
-        self._leaving = [pending for pending in self._leaving if not pending.done()]
+        while self._leaving and self._leaving[0].done():
+            self._leaving.popleft()
         self._leaving.append(exchange(sends, [], link, kind=KIND, step=action.microbatch))
 
     def _take(self, message: Message) -> Tensor:
@@ -177,24 +182,31 @@ class _Execution:
         return buffer
 
     def _forward(self, action: Action, route: tuple[Hop, ...]) -> None:
-        message = needs(action, route)
+        if action.kind == "embed":
+            return  # computed in one with the stage behind it, which is on the same rank
+        first = action.hop == 1
+        message = None if first else needs(action, route)
         x = None if message is None else self._take(message)
         keeps = self._model is not None
         if x is not None and keeps:
             x.requires_grad_(True)
-        y = self._work.run(route[action.hop].part, x, action.microbatch, action.slice)
+        parts = tuple(hop.part for hop in (route[:2] if first else route[action.hop : action.hop + 1]))
+        y = self._work.run(parts, x, action.microbatch, action.slice)
         given = gives(action, route)
         if given is not None:
             self._values[given] = y.detach()
         if keeps:
             self._kept[_place(action)] = x, y
 
-    def _backward(self, action: Action, route: tuple[Hop, ...], *, last: bool) -> None:
+    def _backward(self, action: Action, route: tuple[Hop, ...]) -> None:
         assert self._model is not None, "a forward-only schedule has no backward"
+        if action.hop == 0:
+            return  # has gone back with the stage behind it
         message = needs(action, route)
         gradient = None if message is None else self._take(message)
         x, y = self._kept.pop(_place(action))
-        fsdp.set_last_backward(self._model, last)
+        if action is self._last:
+            fsdp.set_last_backward(self._model, True)
         if action.kind == "backward_input" and self._pipeline.deferred is not None:
             with self._pipeline.deferred.collecting() as weights:
                 torch.autograd.backward(y, gradient)

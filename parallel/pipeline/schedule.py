@@ -31,9 +31,9 @@ class Spec:
         """Where the parts of the model live."""
         return SCHEDULES[self.name].place(self)
 
-    def whole(self) -> "Spec":
-        """The same without slices."""
-        return replace(self, slices=1)
+    def plain(self) -> "Spec":
+        """For forwards alone: whole microbatches, through the layers in the model's order."""
+        return replace(self, slices=1, swap_ends=False)
 
     @property
     def splits_backward(self) -> bool:

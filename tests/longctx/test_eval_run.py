@@ -38,6 +38,8 @@ LAYOUTS = {
     "usp": (4, {"ulysses": 2, "ring": 2}),
     "tp": (2, {"tp": 2}),
     "groups": (4, {"dp_shard": 2, "tp": 2}),
+    "stages": (4, {"pp": 2, "dp_shard": 2}),
+    "pipe": (2, {"pp": 2}),
 }
 
 
@@ -76,7 +78,9 @@ def flat(report, path=()):
     return {path: report}
 
 
-@pytest.mark.parametrize(("layout", "remap"), [("usp", ()), ("groups", ()), ("usp", STRING)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "remap"), [("usp", ()), ("groups", ()), ("stages", ()), ("usp", STRING)], ids=str
+)
 def test_every_layout_gives_the_report_of_one_process(base, layout, remap):
     extra = ("train.dtype=float64", *remap)
     expected = flat(on(base, "expected", report_rank, extra=extra)[0])
@@ -187,19 +191,18 @@ def rows_of(base, name):
     return [json.loads(line) for line in (base / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_training_evaluates_every_so_many_tokens_and_goes_on_as_if_it_had_not(base):
-    assert on(base, "with", train_rank, layout="tp", extra=("eval.every_tokens=4000", "train.steps=5")) == [
-        0,
-        0,
-    ]
-    assert on(base, "without", train_rank, layout="tp", extra=("train.steps=5",)) == [0, 0]
-    found, plain = rows_of(base, "with"), rows_of(base, "without")
+@pytest.mark.parametrize("layout", ["tp", "pipe"])
+def test_training_evaluates_every_so_many_tokens_and_goes_on_as_if_it_had_not(base, layout):
+    names, steps = [f"{layout}-{each}" for each in ("with", "without")], "train.steps=5"
+    assert on(base, names[0], train_rank, layout=layout, extra=("eval.every_tokens=4000", steps)) == [0, 0]
+    assert on(base, names[1], train_rank, layout=layout, extra=(steps,)) == [0, 0]
+    found, plain = (rows_of(base, name) for name in names)
     reached = [row["tokens"] // 4000 for row in found]
     assert ["eval_s" in row for row in found] == [a > b for a, b in zip(reached, [0, *reached], strict=False)]
     assert [row["loss"] for row in found] == [row["loss"] for row in plain]
     evaluated = [row for row in found if "eval_s" in row]
     assert {"eval_loss/loss@700", "eval_score/passkey@900", "eval_perplexity/cwe@900"} <= evaluated[0].keys()
-    reports = sorted((base / "with" / "eval").glob("step-*/report.json"))
+    reports = sorted((base / names[0] / "eval").glob("step-*/report.json"))
     assert [json.loads(path.read_text())["step"] for path in reports] == [row["step"] for row in evaluated]
 
 

@@ -2,7 +2,10 @@
 
 import pytest
 from pipeline_ranks import assert_equal, one_step, run_step, swapped_reference
-from tiny import write_corpus
+from tiny import make_config, make_world, write_corpus
+
+from longctx.build import build
+from longctx.train.step import evaluate
 
 EIGHT = "model.num_layers=8"
 slow = pytest.mark.slow
@@ -92,6 +95,21 @@ def test_swapped_ends_equal_each_microbatch_in_its_own_order(base, references, s
     assert_equal(run_step(base, layout, extra), expected)
     straight = references()
     assert abs(straight[2] - expected[2]) > 1e-6 * straight[2]  # it is another function
+
+
+def held_out_loss(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> float:
+    """Of the model as it is initialized."""
+    config = make_config(base, name, size=size, layout=layout, extra=extra)
+    run = build(config, make_world(base / name, rank, size))
+    loss = evaluate(run)["held_out_loss"]
+    run.close()
+    return loss
+
+
+def test_evaluation_runs_in_straight_order_also_with_swapped_ends(base):
+    extra = ("data.held_out=0.3", "train.eval_tokens=2048")
+    swapped = run_step(base, {"pp": 4}, (*extra, "pipeline.swap_ends=true"), function=held_out_loss)
+    assert swapped == [pytest.approx(run_step(base, {}, extra, function=held_out_loss)[0], rel=1e-12)] * 4
 
 
 def test_float32_equals_one_process(base, references):

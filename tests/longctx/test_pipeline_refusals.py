@@ -112,7 +112,9 @@ def lose_stage(rank: int, size: int, base, name: str, how: str) -> None:
     try:
         train_step(run, 1e-4)
     except PeerLost as error:
-        (base / name / f"seen-{rank}").write_text(f"{time.monotonic() - started} {error.rank} {error}")
+        note = base / name / f"note-{rank}"  # renamed when whole: this rank may be ended any time now
+        note.write_text(f"{time.monotonic() - started} {error.rank} {error}")
+        note.replace(base / name / f"seen-{rank}")
     time.sleep(max(0.0, 1.5 * TIMEOUT_S + started - time.monotonic()))
 
 

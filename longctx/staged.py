@@ -1,9 +1,12 @@
 """What a pipeline computes: the parts of the decoder on one rank's tokens of each microbatch.
 
+`forward_all` is the way of every forward that no backward follows, through a pipeline or not.
+
 Shapes: t = this rank's tokens, n = its rows of the stream (fewer with tp), E = hidden_size.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +14,41 @@ from torch import Tensor
 from parallel.layout import SequenceLayout
 from parallel.pipeline.routes import Part
 
-from ..build import Run
-from ..data.batch import LocalBatch, PackedBatch
-from .losses import Losses
+from .build import Run
+from .data.batch import LocalBatch, PackedBatch
+
+
+class Sink(Protocol):
+    """Where logits go."""
+
+    def add(self, logits: Tensor, local: LocalBatch, batch: PackedBatch, layout: SequenceLayout) -> Tensor:
+        """Take the logits of some tokens of a microbatch.
+
+        Args:
+            logits: [t, V] (with tp this rank's columns of V).
+            local: the tokens [t].
+            batch: the microbatch that they are of.
+            layout: which of its tokens they are.
+
+        Returns:
+            The sum of their losses, a scalar; what backward starts from.
+        """
+
+
+def forward_all(run: Run, batches: Sequence[PackedBatch], sink: Sink) -> None:
+    """Microbatches through the model without gradients; every rank calls it together.
+
+    Args:
+        run: inside `fsdp.forward_only`.
+        batches: whole; equally many on every rank.
+        sink: gets the logits, on the ranks of the last stage.
+    """
+    if run.pipeline is not None:
+        run.pipeline.forward(StageWork(run, batches, sink, slices=1), len(batches))
+        return
+    for batch in batches:
+        logits, local, layout = run.forward(batch)
+        sink.add(logits, local, batch, layout)
 
 
 class StageWork:
@@ -23,17 +58,17 @@ class StageWork:
         self,
         run: Run,
         batches: Sequence[PackedBatch],
-        losses: Losses,
+        sink: Sink,
         *,
         slices: int,
         training: bool = False,
     ) -> None:
-        self._run, self._batches, self._losses, self._slices = run, batches, losses, slices
+        self._run, self._batches, self._sink, self._slices = run, batches, sink, slices
         self._training = training
         self._held: dict[tuple[int, int], tuple[LocalBatch, SequenceLayout]] = {}
 
-    def run(self, part: Part, x: Tensor | None, microbatch: int, piece: int) -> Tensor:
-        """Stream [n, E] of one part; of the head the sum of the tokens' losses."""
+    def run(self, parts: tuple[Part, ...], x: Tensor | None, microbatch: int, piece: int) -> Tensor:
+        """Stream [n, E] of some parts; of the head the sum of the tokens' losses."""
         local, layout = self._tokens(microbatch, piece)
         noise = self._run.noise(self._batches[microbatch], layout) if self._training else None
         y: Tensor = self._run.model(
@@ -42,10 +77,10 @@ class StageWork:
             local.rope_id,
             layout=layout,
             noise=noise,
-            parts=self._run.stages.parts(part),
+            parts=self._run.stages.parts(parts),
         )
-        if part == "head":
-            return self._losses.add(y, local, self._batches[microbatch], layout)
+        if parts == ("head",):
+            return self._sink.add(y, local, self._batches[microbatch], layout)
         return y
 
     def rows(self, microbatch: int, piece: int) -> int:
