@@ -12,7 +12,7 @@ from ..config.schema import Config, DegreesConfig
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float64")
-AXES = ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
 STEPS = 10
 """Optimizer steps that must stay together in float64."""
 MICROBATCH = 256
@@ -26,6 +26,7 @@ FACTORS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "model": ("tied", "untied", "dropout"),
         "reshard": (True, False, 2),
         "compile": (False, True),
+        "schedule": ("1f1b", "zb-h1"),
     }
 )
 """What a cell chooses: degrees, and how the step is computed."""
@@ -57,6 +58,8 @@ class Cell:
     """parallel.reshard_after_forward."""
     compile: bool = False
     """train.compile."""
+    schedule: str = "1f1b"
+    """pipeline.schedule; says nothing without pp."""
 
     @property
     def size(self) -> int:
@@ -77,7 +80,12 @@ class Cell:
         """Layout and options in words."""
         reshard = f"reshard {str(self.reshard).lower()}"
         words = [self.dtype, f"recompute {self.recompute}", f"batch {self.batch}", self.model, reshard]
-        return ", ".join([self.layout, *words, *(["compiled"] if self.compile else [])])
+        words += ["compiled"] if self.compile else []
+        return ", ".join([self.layout, *words, *([self.schedule] if self.degree("pp") > 1 else [])])
+
+    def degree(self, axis: str) -> int:
+        """Degree of one axis."""
+        return self.degrees[AXES.index(axis)]
 
     @property
     def steps(self) -> int:
@@ -92,7 +100,7 @@ class Cell:
     @property
     def packs(self) -> int:
         """Microbatches of a step over all sequence groups."""
-        groups = self.degrees[0] * self.degrees[1]
+        groups = self.degree("dp_replicate") * self.degree("dp_shard")
         return {"one": groups, "three": 3 * groups, "empty": 1}[self.batch]
 
     @property
@@ -117,13 +125,17 @@ class Cell:
             data=replace(base.data, seq_len=self.tokens),
             parallel=DegreesConfig(**degrees, reshard_after_forward=self.reshard),
             train=train,
+            pipeline=replace(base.pipeline, schedule=self.schedule),
         )
 
     def legal(self, processes: int) -> bool:
         """Whether it fits the processes and asks for something that exists."""
-        fsdp = self.degrees[1] * self.degrees[2] * self.degrees[3]
-        sharded_copy = isinstance(self.reshard, bool) or (fsdp > self.reshard and self.degrees[4] == 1)
-        return self.size <= processes and sharded_copy and not (self.compile and self.batch == "empty")
+        fsdp = self.degree("dp_shard") * self.degree("ring") * self.degree("ulysses")
+        alone = self.degree("tp") == self.degree("pp") == 1
+        sharded_copy = isinstance(self.reshard, bool) or (fsdp > self.reshard and alone)
+        gathered = self.degree("pp") > 1 and self.reshard is False and not self.compile
+        kept = self.schedule == "1f1b" or gathered
+        return self.size <= processes and sharded_copy and kept and not (self.compile and self.batch == "empty")
 
 
 def write_corpus(folder: Path) -> None:
@@ -144,17 +156,18 @@ def layouts(processes: int) -> Iterator[tuple[int, ...]]:
             for chosen in combinations(range(len(AXES)), count):
                 yield tuple(2 if i in chosen else 1 for i in range(len(AXES)))
     if processes >= 4:
-        yield (1, 1, 1, 1, 4)
+        yield (1, 1, 1, 1, 1, 4)
 
 
 def matrix(processes: int) -> list[Cell]:
     """The whole matrix: every layout, both dtypes, recomputation, accumulation, empty shares, resharding."""
     cells = []
     for degrees, dtype in product(layouts(processes), DTYPES):
+        schedule = "zb-h1" if degrees[0] > 1 else "1f1b"
         cells += [
             Cell(degrees=degrees, dtype=dtype, batch="three", model="untied"),
             Cell(degrees=degrees, dtype=dtype, batch="one", recompute="full", model="dropout"),
-            Cell(degrees=degrees, dtype=dtype, batch="empty", recompute=2, reshard=False),
+            Cell(degrees=degrees, dtype=dtype, batch="empty", recompute=2, reshard=False, schedule=schedule),
             Cell(degrees=degrees, dtype=dtype, batch="one", reshard=2),
         ]
     return [cell for cell in cells if cell.legal(processes)]
@@ -169,9 +182,9 @@ def rounded(processes: int) -> list[Cell]:
 def compiled(processes: int) -> list[Cell]:
     """Three layouts with compiled blocks, one in float32; they take minutes."""
     chosen: list[tuple[tuple[int, ...], Dtype]] = [
-        ((1, 1, 1, 1, 2), "float64"),
-        ((1, 1, 1, 2, 1), "float32"),
-        ((1, 2, 2, 1, 1), "float64"),
+        ((1, 1, 1, 1, 1, 2), "float64"),
+        ((1, 1, 1, 1, 2, 1), "float32"),
+        ((1, 1, 2, 2, 1, 1), "float64"),
     ]
     shared = {"compile": True, "recompute": "full", "batch": "three", "model": "dropout"}
     cells = [Cell(degrees=d, dtype=t, **shared) for d, t in chosen]  # type: ignore[arg-type]

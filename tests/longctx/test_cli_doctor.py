@@ -16,8 +16,8 @@ from longctx.selftest.record import RESULTS, Record
 from longctx.selftest.result import Result
 from longctx.selftest.run import run_cells
 
-TP2 = (1, 1, 1, 1, 2)
-SHARD2 = (1, 2, 1, 1, 1)
+TP2 = (1, 1, 1, 1, 1, 2)
+SHARD2 = (1, 1, 2, 1, 1, 1)
 
 
 def test_the_machine_in_words_and_as_json(capsys):
