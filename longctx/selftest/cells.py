@@ -134,8 +134,9 @@ class Cell:
         alone = self.degree("tp") == self.degree("pp") == 1
         sharded_copy = isinstance(self.reshard, bool) or (fsdp > self.reshard and alone)
         gathered = self.degree("pp") > 1 and self.reshard is False and not self.compile
-        kept = self.schedule == "1f1b" or gathered
-        return self.size <= processes and sharded_copy and kept and not (self.compile and self.batch == "empty")
+        splits = self.schedule == "1f1b" or gathered
+        static = not (self.compile and self.batch == "empty")
+        return self.size <= processes and sharded_copy and splits and static
 
 
 def write_corpus(folder: Path) -> None:
