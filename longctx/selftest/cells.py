@@ -58,7 +58,7 @@ class Cell:
     """parallel.reshard_after_forward."""
     compile: bool = False
     """train.compile."""
-    schedule: str = "1f1b"
+    schedule: Literal["1f1b", "zb-h1"] = "1f1b"
     """pipeline.schedule; says nothing without pp."""
 
     @property
@@ -164,7 +164,7 @@ def matrix(processes: int) -> list[Cell]:
     """The whole matrix: every layout, both dtypes, recomputation, accumulation, empty shares, resharding."""
     cells = []
     for degrees, dtype in product(layouts(processes), DTYPES):
-        schedule = "zb-h1" if degrees[0] > 1 else "1f1b"
+        schedule: Literal["1f1b", "zb-h1"] = "zb-h1" if degrees[0] > 1 else "1f1b"
         cells += [
             Cell(degrees=degrees, dtype=dtype, batch="three", model="untied"),
             Cell(degrees=degrees, dtype=dtype, batch="one", recompute="full", model="dropout"),
