@@ -4,6 +4,7 @@ Both sides hold their own constants; tests/test_protocol.py asserts that they ag
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,3 +42,18 @@ def read_status(path: Path) -> Status | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def write_status(path: Path, status: Status) -> bool:
+    """Say how the job ended, whole or not at all; returns whether nobody has said so before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.launch.partial")
+    content = {"exit_code": status.exit_code, "rank": status.rank, "error": status.error}
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        os.link(partial, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()

@@ -6,13 +6,13 @@ the membership epoch, and `Run.close` drops the groups. Nothing below this file 
 
 import gc
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore
-from torch.distributed import Store as RendezvousStore
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import BlockPolicy, parallelize
@@ -43,39 +43,13 @@ from .feed import held_out, make_packs, step_loader
 from .model.decoder import Decoder
 from .model.init import init_parameters_
 from .model.parts import Parts
+from .pulse import Pulse
+from .spike import SpikeWatch
 from .stages import Stages
+from .world import Progress as Progress
+from .world import World as World
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class World:
-    """The processes of one membership epoch, before any process group exists."""
-
-    rank: int
-    """This process, 0 .. size - 1."""
-    size: int
-    """Number of processes."""
-    device: torch.device
-    """Where this rank's tensors live."""
-    store: RendezvousStore
-    """Rendezvous store that all ranks reach."""
-    epoch: int = 0
-    """Membership epoch; prefixes every key in the store."""
-    timeout_s: float = 600.0
-    """Seconds after which a collective that nobody answers is an error."""
-    backend: str | None = None
-    """torch.distributed backend; None: NCCL for GPUs, gloo for CPU processes."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Progress:
-    """How far the run is; with the config's seed it is the whole data cursor."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Tokens trained on."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,6 +74,8 @@ class Run:
     """This sequence group's microbatches of an evaluation."""
     progress: Progress
     """How far the run is."""
+    watch: SpikeWatch
+    """What counts as a loss spike."""
     mixture: MixturePacks | None
     """What draws the steps of a curriculum; None: whole documents are packed."""
     vocab_shard: VocabShard | None
@@ -110,6 +86,8 @@ class Run:
     """What moves microbatches through the stages; None: there is one."""
     replicas: list[Replicas]
     """Parameters that several stages hold."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """What this rank is doing, for its heartbeat."""
 
     def layout(self, cu_seqlens: torch.Tensor, degree: int | None = None) -> SequenceLayout:
         """Which tokens of a packed batch this rank holds.
@@ -193,14 +171,15 @@ class Run:
         dist.destroy_process_group()
 
 
-def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None = None) -> Run:
+def build(config: Config, world: World, shards: Mapping[str, torch.Tensor] | None = None) -> Run:
     """Build a run on this rank.
 
     Args:
         config: resolved for `world.size` processes; equal on all ranks.
         world: the processes; no default process group may exist.
-        shards: this rank's local parameter shards by global name, adopted without a copy; None
-            initializes parameters from `run.seed`, identically whatever the layout.
+        shards: this rank's local parameter shards by global name. None initializes parameters from
+            `run.seed`, identically whatever the layout; an empty mapping leaves them for the caller
+            to fill.
 
     Raises:
         ConfigError: the tokenizer does not fit the model, or shards do not fit the layout.
@@ -216,7 +195,7 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
     model = _model(config, mesh, world.device, stages.held(), deferred)
     if shards is None:
         init_parameters_(model, config.run.seed, config.model)
-    else:
+    elif shards:
         _adopt(model, shards)
     packs = make_packs(config, opened)
     return Run(
@@ -228,7 +207,8 @@ def build(config: Config, world: World, shards: dict[str, torch.Tensor] | None =
         store=opened.tokens,
         loader=step_loader(config, mesh, opened, packs),
         held_out=held_out(config, mesh, opened),
-        progress=Progress(),
+        progress=Progress(skipped=sorted(set(config.train.skip_batches))),
+        watch=SpikeWatch(config.train.spike_z),
         mixture=packs if isinstance(packs, MixturePacks) else None,
         vocab_shard=VocabShard.of(rows, mesh) if mesh.size("tp") > 1 else None,
         stages=stages,
@@ -267,6 +247,8 @@ def join(world: World) -> None:
     gc.collect()  # an earlier run's wrapped model is full of cycles that keep its groups and their threads
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    # The count names the store's keys; a rendezvous that failed leaves it ahead of the other ranks'.
+    dist.distributed_c10d._world.group_count = 0
     dist.init_process_group(
         world.backend or ("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"),
         store=PrefixStore(f"epoch-{world.epoch}", world.store),
@@ -312,7 +294,7 @@ def _block_policy(config: TrainConfig) -> BlockPolicy:
 
 
 @torch.no_grad()
-def _adopt(model: Decoder, shards: dict[str, torch.Tensor]) -> None:
+def _adopt(model: Decoder, shards: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     if parameters.keys() != shards.keys():
         differ = sorted(parameters.keys() ^ shards.keys())

@@ -13,3 +13,15 @@ class CheckpointError(RuntimeError):
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
     """A loss or a gradient is no longer finite."""
+
+
+class NoProgress(RuntimeError):  # noqa: N818
+    """Starting again would not get further."""
+
+
+class StateLost(NoProgress):
+    """Neither a peer's memory nor a checkpoint has the state that a lost rank had."""
+
+
+class ReplicasDiffer(RuntimeError):  # noqa: N818
+    """Ranks that hold the same shards have different values in them."""

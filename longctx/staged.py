@@ -69,6 +69,7 @@ class StageWork:
 
     def run(self, parts: tuple[Part, ...], x: Tensor | None, microbatch: int, piece: int) -> Tensor:
         """Stream [n, E] of some parts; of the head the sum of the tokens' losses."""
+        self._run.pulse("forward")
         local, layout = self._tokens(microbatch, piece)
         noise = self._run.noise(self._batches[microbatch], layout) if self._training else None
         y: Tensor = self._run.model(
@@ -80,8 +81,13 @@ class StageWork:
             parts=self._run.stages.parts(parts),
         )
         if parts == ("head",):
-            return self._sink.add(y, local, self._batches[microbatch], layout)
+            y = self._sink.add(y, local, self._batches[microbatch], layout)
+        if y.requires_grad:
+            y.register_hook(self._on_backward)
         return y
+
+    def _on_backward(self, gradient: Tensor) -> None:
+        self._run.pulse("backward")
 
     def rows(self, microbatch: int, piece: int) -> int:
         """Rows n of the stream: with tp the tokens are divided once more."""

@@ -24,8 +24,18 @@ def lost_ranks_named(doing: str, group: Group) -> Iterator[None]:
     except PeerLost:
         raise
     except RuntimeError as error:
-        text = str(error).lower()
-        if not isinstance(error, dist.DistError) and not any(word in text for word in _LOST):
+        if not says_lost(error):
             raise
         detail = f"{doing} among ranks {list(group.ranks)} failed ({str(error).strip().splitlines()[0]})"
         raise PeerLost(axis=group.axis, rank=None, step=None, detail=detail) from error
+
+
+def says_lost(error: BaseException | None) -> bool:
+    """Whether an error, or one that it follows from, says that a peer is gone."""
+    if error is None:
+        return False
+    if isinstance(error, PeerLost | dist.DistError):
+        return True
+    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST):
+        return True
+    return says_lost(error.__cause__ or error.__context__)

@@ -151,6 +151,19 @@ class Mesh:
                 )
         return found
 
+    def host_group(self) -> Group:
+        """All ranks, over host memory, with connections of its own; every rank of the world calls it."""
+        ranks = tuple(range(self.world_size))
+        timeout = _default_timeout(self.device_type)
+        handle = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+        self._owned.append(handle)
+        return Group(axis="host", rank=self.rank, ranks=ranks, handle=handle)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Seconds after which communication that nobody answers is an error, in every group."""
+        for handle in (dist.distributed_c10d._get_default_group(), *self._owned):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), handle)
+
     def close(self) -> None:
         """Destroy the groups made for sequences and axes; the default group stays."""
         for handle in self._owned:

@@ -81,6 +81,8 @@ def load(path: Where, run: Run) -> None:
     with together(run, f"loading {path}"):
         _fill_all(opened.index, tensors)
     run.progress.step, run.progress.tokens = state["step"], state["tokens"]
+    run.progress.spikes = state.get("spikes", 0)
+    run.progress.skip(state.get("skipped", []))
     if run.mixture is not None:
         run.mixture.restore(state.get("mixture", {}))
     for slots in run.optimizer.state.values():

@@ -123,6 +123,14 @@ class Saver:
             with together(self._run, f"writing the manifest of {job.where.where}"):
                 job.committed.result()
 
+    def abandon(self) -> None:
+        """Give up a save whose ranks are not all there any more; it may still complete."""
+        if self._job is not None:
+            self._job.cancelled.set()
+            self._job.written.exception()  # nobody writes to its files after this
+            self._job.committed.exception()
+            self._job = None
+
     def _cleaned_up(self, where: Folder) -> "_CleanedUp":
         return _CleanedUp(self._run, where, self._folder)
 
@@ -166,6 +174,8 @@ class Saver:
         return {
             "step": run.progress.step,
             "tokens": run.progress.tokens,
+            "skipped": run.progress.skipped,
+            "spikes": run.progress.spikes,
             "optimizer_step": run.progress.step,
             "mixture": run.mixture.state() if run.mixture else {},
         }

@@ -155,7 +155,11 @@ def set_rng(states: list[dict[str, str]], run: Run) -> None:
     if len(states) != run.world.size:
         torch.manual_seed(hash((run.config.run.seed, run.progress.step, run.world.rank)) % 2**63)
         return
-    rng = states[run.world.rank]
+    put_rng(states[run.world.rank])
+
+
+def put_rng(rng: dict[str, str]) -> None:
+    """Put this rank's random state back."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["cpu"]), dtype=torch.uint8))
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(rng["cuda"]), dtype=torch.uint8))

@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "eval": "loss by position, needles and generated tasks of a run's newest checkpoint",
     "config": "show every value with its source, or check a configuration for a world",
     "doctor": "check this machine: --selftest compares every layout with one process",
+    "chaos": "rehearse failures: train while ranks are killed, and compare with what should come out",
     "launch": "start a program on machines",
 }
 MODULES: Mapping[str, str] = {"import": "import_model"}

@@ -22,13 +22,21 @@ def under_torchrun() -> bool:
 
 
 def start(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[str] = ()) -> NoReturn:
-    """Check the configuration for this machine, prepare the data, become the launcher.
+    """Check the configuration for this machine, prepare the data, become the launcher; see `launcher`."""
+    become_launcher(launcher(verb, loaded, folder=folder, options=options))
+
+
+def launcher(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[str] = ()) -> list[str]:
+    """Check the configuration for this machine and prepare the data.
 
     Args:
         verb: the verb that the workers run.
         loaded: its configuration.
         folder: where the status file and torchrun's log go.
         options: the verb's own options.
+
+    Returns:
+        Arguments of `python -m launch`.
 
     Raises:
         ConfigError: before any process is started.
@@ -43,17 +51,15 @@ def start(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[st
     if prepared.created:
         print(describe(prepared, config.data.seq_len))
     program = ["-m", "longctx", verb, *loaded.files, *loaded.overrides, *found, *options]
-    become_launcher(
-        [
-            "local",
-            f"--processes={local.processes}",
-            f"--port={config.run.port}",
-            f"--status={folder / STATUS}",
-            f"--log={folder / TORCHRUN_LOG}",
-            "--",
-            *program,
-        ]
-    )
+    return [
+        "local",
+        f"--processes={local.processes}",
+        f"--port={config.run.port}",
+        f"--status={folder / STATUS}",
+        f"--log={folder / TORCHRUN_LOG}",
+        "--",
+        *program,
+    ]
 
 
 def check_packages() -> None:

@@ -9,6 +9,7 @@ from ..config.schema import Config
 from .arguments import make_parser, parse
 from .folder import STATUS, check_unused
 from .start import start, under_torchrun
+from .supervise import become_supervisor, repairs
 from .worker import work
 
 if TYPE_CHECKING:
@@ -24,14 +25,17 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(arguments.files, arguments.overrides)
     folder = Path(loaded.config.run.dir)
     if under_torchrun():
+        if repairs(loaded.config):
+            become_supervisor(loaded)
         return work(loaded, _body, status=folder / STATUS)
     check_unused(folder, resume=loaded.config.run.resume)
     start("train", loaded, folder=folder)
 
 
 def _body(config: Config, world: "World") -> int:
-    from ..train.loop import train  # torch: only where a worker needs it
+    from ..recovery.members import Fixed  # torch: only where a worker needs it
+    from ..train.loop import train
 
     if world.rank == 0:
         check_unused(Path(config.run.dir), resume=config.run.resume)
-    return train(config, world)
+    return train(config, Fixed(world))

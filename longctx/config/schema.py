@@ -13,6 +13,7 @@ from .eval_schema import RemapConfig as RemapConfig
 from .marks import BYTES as BYTES
 from .marks import TOKENS as TOKENS
 from .pipeline_schema import PipelineConfig as PipelineConfig
+from .recovery_schema import RecoveryConfig as RecoveryConfig
 from .rope_schema import RopeConfig as RopeConfig
 
 Auto = Literal["auto"]
@@ -253,6 +254,15 @@ class TrainConfig:
     """AdamW: added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
+    on_spike: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient norm that is not finite, or beyond `spike_z`: stop, leave the batch out, or also
+    go back to the newest state in memory (and further if the next batch is no better)."""
+    spike_z: float = 0.0
+    """Robust z-score over the last 64 steps that counts as a spike; 0: only what is not finite does."""
+    max_spikes: int = 8
+    """Spikes that are answered in a run; one more ends it with exit code 65."""
+    skip_batches: list[int] = field(default_factory=list)
+    """Batches, counted from 0, that are left out."""
     eval_every: int = 0
     """Steps between held-out evaluations; 0: only at the end."""
     eval_tokens: int = field(default=65536, metadata=TOKENS)
@@ -315,6 +325,8 @@ class Config:
     """Optimization."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    recovery: RecoveryConfig = RecoveryConfig()  # noqa: RUF009 -- frozen
+    """Lost ranks."""
     eval: EvalConfig = EvalConfig()  # noqa: RUF009 -- frozen
     """Evaluation by position."""
     metrics: MetricsConfig = MetricsConfig()

@@ -3,117 +3,188 @@
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from parallel import comm
 
 from .. import checkpoint
-from ..build import Run, World, build
+from ..build import Run, build
 from ..config.schema import Config
 from ..data.sources import open_data
-from ..errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from ..errors import CheckpointError, ConfigError, DataError, NoProgress, ReplicasDiffer, TrainingDiverged
 from ..eval.evaluate import check as check_evaluation
 from ..eval.evaluate import evaluate as evaluate_by_position
 from ..eval.evaluate import figures
 from ..eval.files import write as write_report
-from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE
+from ..protocol import BAD_INPUT, DONE, FAILED, NO_PROGRESS, REQUEUE
+from ..recovery.members import Members
+from ..spike import LossSpike
 from . import throughput
+from .answer import answer
 from .begin import begin
 from .report import box, opening
 from .run_folder import METRICS, RunFolder
 from .schedule import learning_rate
-from .sinks import JsonlSink, Row, Sink, TerminalSink, WandbSink
+from .sinks import COMPUTED, JsonlSink, Row, Sink, TerminalSink, WandbSink
 from .step import StepResult, evaluate, train_step
 from .stop import StopRequest
 
 
 @dataclass(kw_only=True, slots=True)
-class Session:
-    """A run and what this process keeps beside it."""
+class Outlets:
+    """What this process keeps whatever becomes of the other ranks."""
 
-    run: Run
     folder: RunFolder
     stop: StopRequest
-    sinks: list[Sink]
-    peak: float | None
-    saver: checkpoint.Saver
+    started: float = field(default_factory=time.monotonic)
+    sinks: list[Sink] | None = None
+    peak: float | None = None
     last: Row = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Flush and release."""
+        for sink in self.sinks or ():
+            sink.close()
+        self.stop.restore()
+
+
+@dataclass(kw_only=True, slots=True)
+class Session:
+    """A run on one membership of ranks, and where its words go."""
+
+    run: Run
+    out: Outlets
+    members: Members
+    saver: checkpoint.Saver
     saved: Path | str | None = None
 
 
-def train(config: Config, world: World) -> int:
-    """Train as `config` says, as one rank of `world`.
+def train(config: Config, members: Members) -> int:
+    """Train as `config` says, as one rank.
 
     Args:
-        config: resolved for `world.size`.
-        world: this process among the others.
+        config: resolved for the number of ranks.
+        members: gives the world that this process is in; the next one when a rank is lost.
 
     Returns:
-        Exit code: 0 done, 2 bad config or input, 64 stopped by a signal and saved, 1 failed.
+        Exit code: 0 done, 2 bad config or input, 64 stopped by a signal and saved, 65 the state is
+        lost, 1 failed.
     """
-    folder = RunFolder(config, rank=world.rank)
-    stop = StopRequest()
+    out = Outlets(folder=RunFolder(config, rank=members.rank, replaces=members.replaces), stop=StopRequest())
     try:
-        run = build(config, world)
-        folder.resolved(run.config)
-        session = _open(run, folder, stop)
-        try:
-            code = _steps(session)
-        finally:
-            for sink in session.sinks:
-                sink.close()
-        _leave(session, code)
-        run.close()
-        return code
+        while True:
+            code = _membership(config, members, out)
+            if code is not None:
+                return code
     except (ConfigError, DataError) as error:
-        return _fail(folder, world, error, BAD_INPUT)
-    except (TrainingDiverged, CheckpointError) as error:
-        return _fail(folder, world, error, FAILED)
+        return _fail(out.folder, members, error, BAD_INPUT)
+    except NoProgress as error:
+        return _fail(out.folder, members, error, NO_PROGRESS)
+    except (TrainingDiverged, CheckpointError, ReplicasDiffer) as error:
+        return _fail(out.folder, members, error, FAILED)
     except Exception as error:
-        folder.log.error("%s", traceback.format_exc())
-        folder.event("error", error=repr(error))
-        folder.finish(FAILED, error=repr(error))
+        out.folder.log.error("%s", traceback.format_exc())
+        out.folder.event("error", error=repr(error))
+        out.folder.finish(FAILED, error=repr(error))
         raise
     finally:
-        stop.restore()
+        out.close()
 
 
-def _open(run: Run, folder: RunFolder, stop: StopRequest) -> Session:
-    """Resume if asked to, open the sinks, say what is about to happen."""
-    found = checkpoint.resume(run, checkpoint.checkpoints_folder(run)) if run.config.run.resume else None
-    if found is None and run.config.checkpoint.init_from:
+def _membership(config: Config, members: Members, out: Outlets) -> int | None:
+    """Build, restore or resume, and step, until the end; None: a rank was lost, and others form."""
+    run = session = None
+    try:
+        world = members.form(config)
+        run = build(config, world, members.known())
+        run.pulse = members.pulse
+        session = _open(run, members, out)
+        code = _steps(session)
+        if members.end(code):
+            _leave(session, code)
+            run.close()
+            return code
+    except Exception as error:
+        if not members.survives(error):
+            raise
+        out.folder.log.info("a rank was lost: %s", error)
+    # Here the traceback is gone, and with it the last hold on the run's tensors and groups.
+    _abandon(run, session, members)
+    return None
+
+
+def _abandon(run: Run | None, session: Session | None, members: Members) -> None:
+    """Let go of a run whose ranks are not all there any more; nothing here waits for them."""
+    members.close()
+    if session is not None:
+        session.saver.abandon()
+    if run is not None:
+        run.close()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _open(run: Run, members: Members, out: Outlets) -> Session:
+    """Restore or resume, open the sinks, say what is about to happen."""
+    restored = members.restore(run)
+    found = (
+        checkpoint.resume(run, checkpoint.checkpoints_folder(run))
+        if restored is None and run.config.run.resume
+        else None
+    )
+    if restored is None and found is None and run.config.checkpoint.init_from:
         begin(run, run.config.checkpoint.init_from)
+    session = Session(run=run, out=out, members=members, saver=checkpoint.Saver(run), saved=found)
+    if restored is None:
+        _introduce(session, found)
+    elif out.sinks is None:
+        out.sinks = _sinks(run, out.folder, resumed_step=None)
+    members.begin(run)
+    if restored is not None:
+        out.folder.event("recovered", **restored.event)
+        _finish_step(session, restored.row)
+    return session
+
+
+def _introduce(session: Session, found: Path | str | None) -> None:
+    """The first words of a run."""
+    run, out = session.run, session.out
+    out.folder.resolved(run.config)
     if run.config.eval.every_tokens:
         check_evaluation(run, open_data(run.config.data))
-    peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
+    out.peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
     if run.world.rank == 0:
-        print(opening(run, found, throughput.estimate_seconds(run, peak)), flush=True)
-    folder.event("start", step=run.progress.step, resumed_from=found and str(found))
-    return Session(
-        run=run,
-        folder=folder,
-        stop=stop,
-        sinks=_sinks(run),
-        peak=peak,
-        saver=checkpoint.Saver(run),
-        saved=found,
-    )
+        print(opening(run, found, throughput.estimate_seconds(run, out.peak)), flush=True)
+    out.folder.event("start", step=run.progress.step, resumed_from=found and str(found))
+    if out.sinks is None:
+        out.sinks = _sinks(run, out.folder, resumed_step=run.progress.step)
 
 
-def _sinks(run: Run) -> list[Sink]:
+def _sinks(run: Run, folder: RunFolder, *, resumed_step: int | None) -> list[Sink]:
     if run.world.rank != 0:
         return []
-    path = Path(run.config.run.dir)
+    path = folder.path
     sinks: list[Sink] = [
-        JsonlSink(path / METRICS, resumed_step=run.progress.step),
+        JsonlSink(path / METRICS, resumed_step=resumed_step, mismatch=partial(_mismatch, folder)),
         TerminalSink(steps=run.config.train.steps, done=run.progress.step),
     ]
     if run.config.metrics.wandb != "off":
         sinks.append(WandbSink(run.config.metrics, path, asdict(run.config)))
     return sinks
+
+
+def _mismatch(folder: RunFolder, before: Row, again: Row) -> None:
+    """A step that was computed again after a recovery came out different."""
+    differ = {
+        name: [before.get(name), again.get(name)] for name in COMPUTED if before.get(name) != again.get(name)
+    }
+    folder.event("mismatch", step=before["step"], **differ)
+    print(f"step {before['step']} computed again differs: {differ}", flush=True)
 
 
 def _steps(session: Session) -> int:
@@ -124,23 +195,34 @@ def _steps(session: Session) -> int:
         result = _one_step(session)
         done = run.progress.step
         last = done == config.train.steps
-        row = _row(session, result, time.perf_counter() - started)
+        row, behind = _row(session, result, time.perf_counter() - started)
         for source in set(_spent(run)) - set(spent):
-            session.folder.event("exhausted", step=done, source=source)
+            session.out.folder.event("exhausted", step=done, source=source)
             spent.append(source)
         if run.held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
             row |= evaluate(run)
         if _due(config.eval.every_tokens, run.progress.tokens, result.tokens):
             row |= _by_position(session)
-        if last or "held_out_loss" in row or "eval_s" in row or done % config.metrics.log_every == 0:
-            _write(session, row)
+        session.members.keep(run, row, behind=behind)
         if result.stops:
+            _write(session, row)
             _save(session, last=True)
-            session.folder.event("stop", step=done, signal=session.stop.name)
+            session.out.folder.event("stop", step=done, signal=session.out.stop.name)
             return REQUEUE
-        if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
-            _save(session, last=last)
+        _finish_step(session, row)
     return DONE
+
+
+def _finish_step(session: Session, row: Row | None) -> None:
+    """What follows a step once its state is safe; doing it again after a recovery changes nothing."""
+    config, done = session.run.config, session.run.progress.step
+    last = done == config.train.steps
+    if row is not None and (
+        last or "held_out_loss" in row or "eval_s" in row or done % config.metrics.log_every == 0
+    ):
+        _write(session, row)
+    if done and (last or (config.checkpoint.every and done % config.checkpoint.every == 0)):
+        _save(session, last=last)
 
 
 def _due(every: int, tokens: int, new: int) -> bool:
@@ -153,38 +235,41 @@ def _by_position(session: Session) -> Row:
     run = session.run
     report = evaluate_by_position(run, open_data(run.config.data), budget_s=run.config.eval.budget_s)
     if run.world.rank == 0:
-        write_report(report, session.folder.path / "eval" / f"step-{run.progress.step}")
+        write_report(report, session.out.folder.path / "eval" / f"step-{run.progress.step}")
     found = {key: report[key] for key in ("step", "seconds", "left_out")}
-    session.folder.event("eval", **found)
+    session.out.folder.event("eval", **found)
     return dict(figures(report))
 
 
 def _spent(run: Run) -> list[str]:
     """Sources that had nothing more to give after the last step."""
-    return run.loader.exhausted(run.progress.step - 1) if run.progress.step else []
+    return run.loader.exhausted(run.progress.batch(run.progress.step - 1)) if run.progress.step else []
 
 
 def _one_step(session: Session) -> StepResult:
     run = session.run
-    step = run.progress.step
-    try:
-        return train_step(run, learning_rate(step, run.config.train), stop=session.stop.asked)
-    except TrainingDiverged as error:
-        documents = ", ".join(run.loader.documents(step)[:8])
-        session.saver.wait()
-        raise TrainingDiverged(
-            f"step {step + 1}: {error}; parameters were not updated. Documents of the step: {documents}. "
-            f"Last good checkpoint: {session.saved or 'none'}. Lower train.lr and resume"
-        ) from error
+    while True:
+        try:
+            return train_step(
+                run, learning_rate(run.progress.step, run.config.train), stop=session.out.stop.asked
+            )
+        except LossSpike as spike:
+            try:
+                answer(run, spike, session.members, session.out.folder)
+            except TrainingDiverged as error:
+                session.saver.wait()
+                raise TrainingDiverged(f"{error}. Last good checkpoint: {session.saved or 'none'}") from spike
 
 
-def _row(session: Session, result: StepResult, seconds: float) -> Row:
+def _row(session: Session, result: StepResult, seconds: float) -> tuple[Row, bool]:
+    """The step's metrics, and whether any rank's last generation is still on its way."""
     run = session.run
     step = run.progress.step - 1
     lengths = throughput.step_lengths(run, step)
-    seconds, wait, memory = _slowest(run, seconds, run.loader.wait_s, _peak_memory_gib(run.world.device))
+    memory, behind = _peak_memory_gib(run.world.device), float(session.members.behind())
+    seconds, wait, memory, behind = _slowest(run, seconds, run.loader.wait_s, memory, behind)
     flops = throughput.step_flops(run, step)
-    return {
+    row = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
         "loss": result.loss,
@@ -193,7 +278,7 @@ def _row(session: Session, result: StepResult, seconds: float) -> Row:
         "step_time_s": seconds,
         "useful_tokens_per_s": result.tokens / seconds,
         "padded_tokens_per_s": sum(lengths) / seconds,
-        "mfu": flops / seconds / (session.peak * run.world.size) if session.peak else None,
+        "mfu": flops / seconds / (session.out.peak * run.world.size) if session.out.peak else None,
         "peak_memory_gib": memory,
         "data_wait_s": wait,
         "documents": len(lengths),
@@ -201,6 +286,7 @@ def _row(session: Session, result: StepResult, seconds: float) -> Row:
         **run.loader.figures(),
         **result.groups,
     }
+    return row, behind > 0
 
 
 def _slowest(run: Run, *values: float) -> list[float]:
@@ -217,33 +303,33 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 def _write(session: Session, row: Row) -> None:
-    session.last |= row
-    for sink in session.sinks:
+    session.out.last |= row
+    for sink in session.out.sinks or ():
         sink.write(row)
 
 
 def _save(session: Session, *, last: bool) -> None:
     """Save; in the background while there are steps to come. `stall_s` is what training waited."""
+    session.run.pulse("checkpoint")
     started = time.perf_counter()
     background = session.run.config.checkpoint.background and not last
     path = session.saver.save(background=background)
     stall = round(time.perf_counter() - started, 4)
-    session.folder.event("checkpoint", step=session.run.progress.step, path=str(path), stall_s=stall)
+    session.out.folder.event("checkpoint", step=session.run.progress.step, path=str(path), stall_s=stall)
     session.saved = path
 
 
 def _leave(session: Session, code: int) -> None:
     """The last words of a run that ended well or was asked to stop."""
-    figures: dict[str, Any] = session.last | {"checkpoint": session.saved and str(session.saved)}
-    session.folder.event("end", exit_code=code, step=session.run.progress.step)
-    session.folder.finish(code, **figures)
+    figures: dict[str, Any] = session.out.last | {"checkpoint": session.saved and str(session.saved)}
+    session.out.folder.event("end", exit_code=code, step=session.run.progress.step)
+    session.out.folder.finish(code, **figures)
     if session.run.world.rank == 0:
-        box(session.run, figures, stopped_by=session.stop.name if code == REQUEUE else None)
+        box(session.run, figures, stopped_by=session.out.stop.name if code == REQUEUE else None)
 
 
-def _fail(folder: RunFolder, world: World, error: Exception, code: int) -> int:
+def _fail(folder: RunFolder, members: Members, error: Exception, code: int) -> int:
     folder.event("error", error=str(error))
     folder.finish(code, error=str(error))
-    if world.rank == 0:
-        print(f"error: {error}", flush=True)
+    members.fail(code, str(error))
     return code

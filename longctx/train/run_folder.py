@@ -26,13 +26,13 @@ EVENTS = "events.jsonl"
 class RunFolder:
     """One run's folder; rank 0 writes, every rank logs to `logs/rank_N.log`."""
 
-    def __init__(self, config: Config, *, rank: int) -> None:
+    def __init__(self, config: Config, *, rank: int, replaces: bool = False) -> None:
         self.path = Path(config.run.dir)
         self._rank = rank
         self._started = time.monotonic()
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self.log = _rank_log(self.path / "logs" / f"rank_{rank}.log")
-        if rank == 0:
+        if rank == 0 and not replaces:  # a rank that takes another's place goes on with its folder
             self._describe(config)
 
     def resolved(self, config: Config) -> None:

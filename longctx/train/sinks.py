@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,6 +12,11 @@ from ..config.schema import MetricsConfig
 from .metrics import METRICS, check_names, metric_of
 
 Row = dict[str, Any]
+
+RECENT = 4096
+"""Rows that are remembered, to compare with those of steps that are computed again."""
+COMPUTED = ("tokens", "loss", "grad_norm", "lr", "held_out_loss", "held_out_bits_per_byte")
+"""What a step computes, and so must compute again; the rest is measured."""
 
 
 class Sink(Protocol):
@@ -24,17 +30,38 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object per line; on resume, rows after the resumed step are dropped."""
+    """One JSON object per line and step.
 
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
-        _drop_after(path, resumed_step)
+    A line is the word that the step is done. After a recovery steps are computed again; their lines
+    stand, and a row that says something else about them is told as `mismatch`. On resume from a
+    checkpoint, rows after the resumed step are dropped.
+    """
+
+    def __init__(
+        self, path: Path, *, resumed_step: int | None, mismatch: Callable[[Row, Row], None] | None = None
+    ) -> None:
+        """Open.
+
+        Args:
+            path: of the file.
+            resumed_step: step after which rows are dropped; None: all whole lines stay.
+            mismatch: called with the row that stands and the one that was computed again.
+        """
+        self._written = {row["step"]: row for row in _keep_until(path, resumed_step)[-RECENT:]}
+        self._mismatch = mismatch
         self._file = path.open("a")
 
     def write(self, row: Row) -> None:
-        """Append the row, readable at once by a reader of the file."""
+        """Append the row, readable at once by a reader of the file; a step's first row stands."""
         check_names(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        before = self._written.get(row["step"])
+        if before is None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            self._written[row["step"]] = row
+            self._written.pop(row["step"] - RECENT, None)
+        elif self._mismatch is not None and any(before.get(name) != row.get(name) for name in COMPUTED):
+            self._mismatch(before, row)
 
     def close(self) -> None:
         """Flush to disk."""
@@ -42,14 +69,17 @@ class JsonlSink:
         self._file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int | None) -> list[Row]:
+    """Rows up to a step, the last ones parsed; the others and a line that a kill has cut are removed."""
     if not path.exists():
-        return
-    rows = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut a line
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
+        return []
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    rows: list[Row] = [json.loads(line) for line in lines]
+    kept = [i for i, row in enumerate(rows) if step is None or row["step"] <= step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
+    partial.write_text("".join(lines[i] + "\n" for i in kept))
     os.replace(partial, path)
+    return [rows[i] for i in kept]
 
 
 class TerminalSink:

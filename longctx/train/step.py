@@ -10,7 +10,7 @@ from parallel.lost import lost_ranks_named
 
 from ..build import Run
 from ..data.batch import PackedBatch
-from ..errors import TrainingDiverged
+from ..spike import LossSpike
 from ..staged import StageWork, forward_all
 from .losses import Losses
 from .tally import Tally, tally_of
@@ -36,25 +36,31 @@ def train_step(run: Run, learning_rate: float, *, stop: bool = False) -> StepRes
     """Forward, backward and update on the step `run.progress.step`.
 
     Raises:
-        TrainingDiverged: loss or gradient norm is not finite; parameters are not updated.
+        LossSpike: loss or gradient norm is not finite or unusual; parameters are not updated.
     """
     tally = tally_of(run)
+    run.pulse("data", run.progress.step)
     with lost_ranks_named(f"step {run.progress.step + 1}", run.mesh.group("fsdp")):
-        total = backward(run, run.loader.step(run.progress.step), extra=(float(stop),), tally=tally)
+        total = backward(run, run.loader.step(run.progress.batch()), extra=(float(stop),), tally=tally)
+        run.pulse("reduce")
         norm = grads.clip_(
             run.model.parameters(), run.config.train.max_grad_norm, mesh=run.mesh, replicas=run.replicas
         )
         loss, tokens, stops, *sums = total.tolist()
     tokens = int(tokens)
     mean = loss / max(1, tokens)
-    if not (math.isfinite(mean) and math.isfinite(norm.item())):
-        raise TrainingDiverged(f"loss {mean} and gradient norm {norm.item()}")
+    try:
+        run.watch.judge(mean, norm.item())
+    except LossSpike:
+        run.optimizer.zero_grad()
+        raise
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
+    run.pulse("optimizer")
     run.optimizer.step()
     run.optimizer.zero_grad()
     if tally is not None and run.mixture is not None:
-        run.mixture.measured(run.progress.step, tally.by_source(sums))
+        run.mixture.measured(run.progress.batch(), tally.by_source(sums))
     run.progress.step += 1
     run.progress.tokens += tokens
     return StepResult(
@@ -91,9 +97,13 @@ def backward(
     if run.pipeline is None:
         for index, batch in enumerate(microbatches):
             fsdp.set_gradient_sync(run.model, index == len(microbatches) - 1)
+            run.pulse("forward")
             logits, local, layout = run.forward(batch, training=True)
-            losses.add(logits, local, batch, layout).backward()
+            loss = losses.add(logits, local, batch, layout)
+            run.pulse("backward")
+            loss.backward()
     else:
+        run.pulse("forward")
         work = StageWork(run, microbatches, losses, slices=run.config.pipeline.slices, training=True)
         run.pipeline.backward(run.model, work, len(microbatches))
     sums = torch.cat((losses.sums, losses.sums.new_tensor(extra), losses.labelled))
@@ -102,6 +112,7 @@ def backward(
 
 def evaluate(run: Run) -> dict[str, float]:
     """Held-out loss in nats per token and, where the text is known, bits per byte; equal on all ranks."""
+    run.pulse("evaluate")
     losses = Losses(run)
     batches = [held_out.batch for held_out in run.held_out]
     doing = f"evaluation after step {run.progress.step}"

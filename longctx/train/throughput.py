@@ -47,7 +47,7 @@ def _matmul_rate(dtype: torch.dtype, seconds: float = 0.15) -> float:
 
 def step_lengths(run: Run, step: int) -> list[int]:
     """Tokens of every document piece of a step, over all data groups."""
-    return [piece.length for pack in run.loader.packs(step) for piece in pack]
+    return [piece.length for pack in run.loader.packs(run.progress.batch(step)) for piece in pack]
 
 
 def step_flops(run: Run, step: int) -> float:

@@ -14,6 +14,7 @@ from tiny import LAYOUTS, make_config, make_world, write_corpus
 from longctx import checkpoint
 from longctx.build import build
 from longctx.errors import CheckpointError, ConfigError
+from longctx.recovery.members import Fixed
 from longctx.tensors import folder
 from longctx.train.loop import train
 from longctx.train.step import train_step
@@ -28,7 +29,7 @@ def base(tmp_path_factory):
 
 def train_rank(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> int:
     config = make_config(base, name, size=size, layout=layout, extra=extra)
-    return train(config, make_world(base / name, rank, size))
+    return train(config, Fixed(make_world(base / name, rank, size)))
 
 
 def run_layout(base, name: str, layout: str, *extra: str) -> list[dict]:

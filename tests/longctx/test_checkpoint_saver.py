@@ -130,11 +130,12 @@ def test_the_latest_and_milestones_are_kept_and_the_command_line_looks_after_the
 
 
 def keep_away(rank: int, size: int, base) -> str:
+    from longctx.recovery.members import Fixed
     from longctx.train.loop import train
 
     extra = (f"checkpoint.dir={base / 'other-disk'}", "train.steps=2", "train.eval_every=0")
     (base / "away").mkdir()
-    train(make_config(base, "away", extra=extra), make_world(base / "away", rank, size))
+    train(make_config(base, "away", extra=extra), Fixed(make_world(base / "away", rank, size)))
     return ""
 
 

@@ -8,6 +8,7 @@ from compose_ranks import assert_equal_to_one, run_one_step
 from ranks import run_ranks
 from tiny import make_config, make_world, write_corpus
 
+from longctx.recovery.members import Fixed
 from longctx.train.loop import train
 
 KINDS = {
@@ -45,7 +46,7 @@ def test_tensor_parallel_equals_one_process(base, one, layout, kind, dtype):
 
 def train_rank(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> int:
     config = make_config(base, name, size=size, layout=layout, extra=extra)
-    return train(config, make_world(base / name, rank, size))
+    return train(config, Fixed(make_world(base / name, rank, size)))
 
 
 def run_training(base, name: str, size: int, layout: dict, *extra: str) -> list[dict]:

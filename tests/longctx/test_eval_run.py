@@ -21,6 +21,7 @@ from longctx.eval.evaluate import check, evaluate, figures, find_scales
 from longctx.eval.files import lines, write
 from longctx.eval.needle import grid
 from longctx.eval.score import IGNORED, Clock, Row, score
+from longctx.recovery.members import Fixed
 from longctx.train.loop import train
 
 EVAL = (
@@ -184,7 +185,7 @@ def test_what_the_budget_leaves_out_is_named(base):
 
 def train_rank(rank, size, base, name, layout, extra):
     config = make_config(base, name, size=size, layout=layout, extra=(*EVAL, *extra))
-    return train(config, make_world(base / name, rank, size))
+    return train(config, Fixed(make_world(base / name, rank, size)))
 
 
 def rows_of(base, name):

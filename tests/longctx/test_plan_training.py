@@ -117,10 +117,11 @@ def test_gradients_under_the_planner_s_own_plan_with_tp_and_replicas(base, layou
 
 
 def whole_run(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> int:
+    from longctx.recovery.members import Fixed
     from longctx.train.loop import train
 
     config = make_config(base, name, size=size, layout=layout, extra=extra)
-    return train(config, make_world(base / name, rank, size))
+    return train(config, Fixed(make_world(base / name, rank, size)))
 
 
 def rows_of(base, name: str, layout: dict, extra: tuple[str, ...]) -> list[dict]:

@@ -18,6 +18,7 @@ from longctx.errors import ConfigError
 from longctx.hf.source import open_source
 from longctx.infer.generate import generate
 from longctx.infer.loaded import alone, load_model
+from longctx.recovery.members import Fixed
 from longctx.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +162,7 @@ def test_a_model_section_of_other_weights_is_refused(trained):
 
 
 def refused_rank(rank: int, size: int, base, config) -> int:
-    return train(config, make_world(base / "other", rank, size))
+    return train(config, Fixed(make_world(base / "other", rank, size)))
 
 
 def test_merging_a_checkpoint_with_itself_and_with_another(trained, tmp_path, capsys):

@@ -16,6 +16,7 @@ from longctx.data.mixture import make_mixture
 from longctx.data.sources import Corpus, open_data
 from longctx.data.weights import LossWeights, class_weights, source_weights
 from longctx.errors import ConfigError, DataError
+from longctx.recovery.members import Fixed
 from longctx.train.loop import train
 
 
@@ -190,7 +191,7 @@ def train_rank(rank: int, size: int, base, name: str, meeting: str, extra: tuple
     )
     config = make_config(base, name, size=size, layout={"dp_shard": size}, extra=(*standard, *extra))
     (base / meeting).mkdir(exist_ok=True)
-    return train(config, make_world(base / meeting, rank, size))
+    return train(config, Fixed(make_world(base / meeting, rank, size)))
 
 
 def rows_of(base, name: str, *runs: tuple[int, tuple[str, ...]]) -> list[dict]:

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from tiny import make_config, make_world, write_corpus
 
 from longctx import checkpoint
+from longctx.recovery.members import Fixed
 from longctx.train.loop import train
 
 PROMISED = """step tokens loss grad_norm lr step_time_s useful_tokens_per_s padded_tokens_per_s mfu
@@ -26,7 +27,7 @@ def base(tmp_path_factory):
 
 def train_rank(rank: int, size: int, base: Path, name: str, extra: tuple[str, ...]) -> int:
     config = make_config(base, name, size=size, layout={"ulysses": size}, extra=extra)
-    return train(config, make_world(base / name, rank, size))
+    return train(config, Fixed(make_world(base / name, rank, size)))
 
 
 def run(base: Path, name: str, *extra: str, size: int = 1) -> list[int]:

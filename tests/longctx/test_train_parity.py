@@ -8,6 +8,7 @@ from ranks import run_ranks
 from tiny import LAYOUTS, make_config, make_world, write_corpus
 
 from longctx.build import build
+from longctx.recovery.members import Fixed
 from longctx.train.loop import train
 from longctx.train.step import backward
 
@@ -23,7 +24,7 @@ def base(tmp_path_factory):
 
 def train_rank(rank: int, size: int, base, name: str, layout: dict, extra: tuple[str, ...]) -> int:
     config = make_config(base, name, size=size, layout=layout, extra=extra)
-    return train(config, make_world(base / name, rank, size))
+    return train(config, Fixed(make_world(base / name, rank, size)))
 
 
 def rows_of(base, name: str) -> list[dict]:

@@ -1,0 +1,164 @@
+"""Who takes part in a job, epoch by epoch: what the control server decides, without sockets or clocks.
+
+An epoch is one membership. It forms when every rank has joined it; a lost rank or a broken
+connection ends it, and the next begins. Source of the protocol: docs/recovery.md.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .lines import Message
+from .protocol import DONE, FAILED, NO_PROGRESS
+
+BROKEN_GRACE_S = 0.05
+"""A rank's death breaks its peers' connections, whose word may come first; one epoch for both."""
+ENDED_GRACE_S = 5.0
+"""What the other ranks have to end by themselves once one has ended badly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """When to give up."""
+
+    failures: int = 3
+    """Losses of one rank in a row without a new step between them."""
+    hang_s: float = 600.0
+    """Seconds without progress of any rank, after which the one furthest behind is killed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Membership:
+    """The state of the job; every method takes the time and returns messages to all nodes."""
+
+    size: int
+    """Number of ranks."""
+    limits: Limits = field(default_factory=Limits)
+    """When to give up."""
+    epoch: int = 0
+    """The present membership."""
+    formed: bool = False
+    """Whether every rank has joined it."""
+    _joined: dict[int, Message] = field(default_factory=dict)
+    _lost: list[Message] = field(default_factory=list)
+    _broken: tuple[float, Message] | None = None
+    _ended: dict[int, Message] = field(default_factory=dict)
+    _bad_end: tuple[float, Message] | None = None
+    _progress: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _progress_at: float = 0.0
+    _best_step: int = -1
+    _failures: Counter[int] = field(default_factory=Counter)
+    _begun: set[int] = field(default_factory=set)
+    _over: bool = False
+
+    def handle(self, message: Message, now: float) -> list[Message]:
+        """Take a message of a node or of one of its ranks."""
+        takers: dict[str, Callable[[Message, float], list[Message]]] = {
+            "joined": self._on_joined,
+            "lost": self._on_lost,
+            "broken": self._on_broken,
+            "running": self._on_running,
+            "ended": self._on_ended,
+            "beats": self._on_beats,
+            "node_lost": self._on_node_lost,
+        }
+        taker = takers.get(str(message.get("kind")))
+        return [] if taker is None or self._over else taker(message, now)
+
+    def tick(self, now: float) -> list[Message]:
+        """What time alone decides."""
+        if self._over:
+            return []
+        if self._broken and now >= self._broken[0]:
+            cause = self._broken[1]
+            return self._next_epoch({"rank": cause["rank"], "how": cause["error"], "alive": True}, now)
+        if self._bad_end and now >= self._bad_end[0]:
+            return self._verdict(self._bad_end[1])
+        if self.formed and self._progress and now - self._progress_at > self.limits.hang_s:
+            return self._kill_slowest(now)
+        return []
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until `tick` may have something to say."""
+        deadlines = [now + 1.0]
+        if self._broken:
+            deadlines.append(self._broken[0])
+        return max(0.0, min(deadlines) - now)
+
+    def _on_joined(self, message: Message, now: float) -> list[Message]:
+        if message["epoch"] != self.epoch or self.formed:
+            return [self._fence()] if message["epoch"] < self.epoch else []
+        self._joined[message["rank"]] = message
+        if len(self._joined) < self.size:
+            return []
+        self.formed, self._progress_at, first = True, now, len(self._begun) < self.size
+        lost, self._lost = self._lost, []
+        ranks = [self._joined[rank].get("state") for rank in range(self.size)]
+        return [{"kind": "form", "epoch": self.epoch, "first": first, "lost": lost, "ranks": ranks}]
+
+    def _on_running(self, message: Message, now: float) -> list[Message]:
+        """A rank's first state is in its peers' memory; from then on nothing begins anew."""
+        self._begun.add(message["rank"])
+        return []
+
+    def _on_lost(self, message: Message, now: float) -> list[Message]:
+        return self._next_epoch(message, now)
+
+    def _on_broken(self, message: Message, now: float) -> list[Message]:
+        if message["epoch"] == self.epoch and self._broken is None:
+            self._broken = (now + BROKEN_GRACE_S, message)
+        return []
+
+    def _on_ended(self, message: Message, now: float) -> list[Message]:
+        self._ended[message["rank"]] = message
+        if message["exit_code"] != DONE and self._bad_end is None:
+            self._bad_end = (now + ENDED_GRACE_S, message)
+        if len(self._ended) < self.size:
+            return []
+        return self._verdict(self._bad_end[1] if self._bad_end else message)
+
+    def _on_beats(self, message: Message, now: float) -> list[Message]:
+        for rank, step, progress in message["ranks"]:
+            if self._progress.get(rank) != (step, progress):
+                self._progress[rank] = (step, progress)
+                self._progress_at = now
+            if step > self._best_step:
+                self._best_step = step
+                self._failures.clear()
+        return []
+
+    def _on_node_lost(self, message: Message, now: float) -> list[Message]:
+        error = f"node {message['node']} is gone with all its ranks; torchrun decides about a restart"
+        return self._verdict({"exit_code": FAILED, "rank": message["first_rank"], "error": error})
+
+    def _next_epoch(self, loss: Message, now: float) -> list[Message]:
+        rank = loss["rank"]
+        self._failures[rank] += 1
+        if self._failures[rank] > self.limits.failures:
+            error = (
+                f"rank {rank} failed {self._failures[rank]} times in a row without a new step, at last "
+                f"{loss['how']}; see logs/rank_{rank}.log (recovery.max_failures is the limit)"
+            )
+            return self._verdict({"exit_code": NO_PROGRESS, "rank": rank, "error": error})
+        self.epoch += 1
+        self.formed, self._broken = False, None
+        self._joined.clear()
+        self._ended.clear()
+        if len(self._begun) < self.size:
+            self._begun.clear()
+        self._progress.clear()
+        self._lost.append({key: loss.get(key) for key in ("rank", "how", "at", "alive", "warm")})
+        return [self._fence()]
+
+    def _fence(self) -> Message:
+        return {"kind": "fence", "epoch": self.epoch}
+
+    def _kill_slowest(self, now: float) -> list[Message]:
+        rank, (step, _) = min(self._progress.items(), key=lambda item: (item[1], item[0]))
+        self._progress_at = now
+        why = f"no rank has made progress for {self.limits.hang_s:g} s and rank {rank} is furthest behind"
+        return [{"kind": "kill", "rank": rank, "step": step, "why": why}]
+
+    def _verdict(self, end: Message) -> list[Message]:
+        self._over = True
+        return [{"kind": "verdict"} | {key: end.get(key) for key in ("exit_code", "rank", "error")}]

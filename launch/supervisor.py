@@ -1,0 +1,336 @@
+"""`python -m launch supervise`: the trainers of one node, and a warm spare that replaces a lost one.
+
+torchrun starts one process per rank. The first of a node becomes this supervisor, the others wait for
+its verdict (`wait_for_verdict`). It starts the trainers, is told in milliseconds when one ends, kills
+one whose heartbeat stops, and hands its rank to the spare. What all nodes must agree on is decided by
+the control server; see docs/recovery.md.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from .control import ControlServer, find
+from .lines import ClosedError, Lines, Message
+from .membership import Limits, Membership
+from .protocol import DONE, FAILED, REQUEUE, Status, write_status
+from .verdict import VerdictServer
+
+TICK_S = 0.25
+START_S = 300.0
+"""What a trainer has to import torch, during which it may hold the interpreter for long."""
+LEAVE_S = 60.0
+"""What a trainer has after the verdict to close its logs and leave."""
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A node's place in the job, from the variables that torchrun sets."""
+
+    node: int
+    """Index of the node."""
+    first_rank: int
+    """Rank of its first process."""
+    local_size: int
+    """Its processes."""
+    size: int
+    """Processes of the job."""
+    attempt: int
+    """How often torchrun has started the job before."""
+    host: str
+    """Address of the first node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the supervisor does."""
+
+    program: tuple[str, ...]
+    """Arguments of Python that start a trainer; the descriptor of its channel is inserted at `{}`."""
+    folder: Path
+    """Run folder, shared by all nodes."""
+    spares: int = 1
+    """Idle processes that have torch imported."""
+    heartbeat_s: float = 10.0
+    """Silence after which a trainer is killed."""
+    limits: Limits = field(default_factory=Limits)
+    """When the job gives up."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Trainer:
+    """A process of ours, with a rank or spare."""
+
+    process: "subprocess.Popen[bytes]"
+    """The process."""
+    lines: Lines
+    """What it says."""
+    rank: int | None = None
+    """Its rank; None: spare."""
+    warm: bool = False
+    """Whether it has imported torch."""
+    heard: float = field(default_factory=time.monotonic)
+    """When it last said something."""
+    beat: tuple[int, int] = (-1, 0)
+    """Step and progress of its last heartbeat."""
+    ended: bool = False
+    """Whether it has said how it ends; it then waits for the verdict."""
+    error: str | None = None
+    """What it says went wrong before it ends."""
+    killed: str | None = None
+    """Why we killed it."""
+
+
+class Supervisor:
+    """One node's supervisor; `run` returns the job's exit code."""
+
+    def __init__(self, place: Place, settings: Settings) -> None:
+        self._place, self._settings = place, settings
+        self._selector = selectors.DefaultSelector()
+        self._trainers: list[Trainer] = []
+        self._epoch = 0
+        self._verdict: Message | None = None
+        self._signals = socket.socketpair()
+
+    def run(self) -> int:
+        """Supervise until the verdict."""
+        self._take_signals()
+        server = self._serve() if self._place.node == 0 else None
+        verdicts = VerdictServer()
+        try:
+            self._control = find(
+                self._settings.folder,
+                node=self._place.node,
+                first_rank=self._place.first_rank,
+                timeout_s=60.0,
+            )
+            self._selector.register(self._control, selectors.EVENT_READ, self._on_control)
+            for local in range(self._place.local_size):
+                self._assign(self._start(), self._place.first_rank + local)
+            verdict = self._loop()
+        except ClosedError as error:
+            verdict = self._gone(str(error))
+        self._dismiss(verdict)
+        if server:
+            server.close()
+        self._conclude(verdict)
+        verdicts.tell(verdict["exit_code"])
+        return int(verdict["exit_code"])
+
+    def _serve(self) -> ControlServer:
+        membership = Membership(size=self._place.size, limits=self._settings.limits)
+        return ControlServer(membership, host=self._place.host, folder=self._settings.folder)
+
+    def _loop(self) -> Message:
+        ticked = 0.0
+        while self._verdict is None:
+            for key, _ in self._selector.select(TICK_S):
+                if self._verdict is None:
+                    key.data()
+            if time.monotonic() - ticked >= TICK_S:
+                ticked = time.monotonic()
+                self._watch(ticked)
+        return self._verdict
+
+    # Processes
+
+    def _start(self) -> Trainer:
+        ours, theirs = socket.socketpair()
+        argv = [str(theirs.fileno()) if word == "{}" else word for word in self._settings.program]
+        process = subprocess.Popen(
+            [sys.executable, *argv], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        trainer = Trainer(process=process, lines=Lines(ours))
+        self._trainers.append(trainer)
+        self._selector.register(trainer.lines, selectors.EVENT_READ, lambda: self._on_trainer(trainer))
+        return trainer
+
+    def _assign(self, trainer: Trainer, rank: int) -> None:
+        place = self._place
+        trainer.rank, trainer.heard = rank, time.monotonic()
+        message = {"kind": "assign", "rank": rank, "local_rank": rank - place.first_rank}
+        message |= {"size": place.size, "local_size": place.local_size, "node": place.node}
+        message |= {"attempt": place.attempt, "epoch": self._epoch}
+        trainer.lines.send(message)
+
+    def _reap(self) -> None:
+        for trainer in list(self._trainers):
+            code = trainer.process.poll()
+            if code is not None:
+                self._bury(trainer, code)
+
+    def _bury(self, trainer: Trainer, code: int) -> None:
+        with suppress(ClosedError):  # its last words
+            while True:
+                self._hear(trainer, trainer.lines.receive())
+        with suppress(KeyError):
+            self._selector.unregister(trainer.lines)
+        trainer.lines.close()
+        self._trainers.remove(trainer)
+        if trainer.rank is None or self._verdict is not None:
+            return
+        spare = next((each for each in self._trainers if each.rank is None), None)
+        loss = {"kind": "lost", "rank": trainer.rank, "how": _how(trainer, code), "at": time.time()}
+        self._control.send(loss | {"warm": bool(spare and spare.warm)})
+        successor = "a spare" if spare else "a new process"
+        say(f"rank {trainer.rank} {loss['how']}; {successor} takes its place")
+        self._assign(spare or self._start(), trainer.rank)
+
+    def _watch(self, now: float) -> None:
+        self._reap()
+        for trainer in self._trainers:
+            limit = self._settings.heartbeat_s if trainer.warm else START_S
+            silent = now - trainer.heard
+            if trainer.rank is not None and not trainer.ended and silent > limit and not trainer.killed:
+                self._kill(trainer, f"was silent for {silent:.1f} s (recovery.heartbeat_s={limit:g})")
+        ranks = [[t.rank, *t.beat] for t in self._trainers if t.rank is not None and t.beat[0] >= 0]
+        if ranks:
+            self._control.send({"kind": "beats", "ranks": ranks})
+
+    def _kill(self, trainer: Trainer, why: str) -> None:
+        trainer.killed = why
+        with suppress(ProcessLookupError):
+            trainer.process.kill()
+
+    def _dismiss(self, verdict: Message) -> None:
+        """Trainers that have reached the end leave by themselves; the others are killed."""
+        for trainer in self._trainers:
+            trainer.lines.send(verdict)
+        deadline = time.monotonic() + LEAVE_S
+        for trainer in self._trainers:
+            if trainer.ended:
+                with suppress(subprocess.TimeoutExpired):
+                    trainer.process.wait(max(0.0, deadline - time.monotonic()))
+            trainer.process.kill()
+            trainer.process.wait()
+
+    def _warm_spares(self) -> None:
+        """Once everybody runs: importing torch beside a recovery would slow it."""
+        for _ in range(self._settings.spares - sum(each.rank is None for each in self._trainers)):
+            self._start()
+
+    # Messages
+
+    def _on_trainer(self, trainer: Trainer) -> None:
+        if trainer not in self._trainers:  # its end was noticed in the same round
+            return
+        try:
+            self._hear(trainer, trainer.lines.receive())
+        except ClosedError:
+            self._selector.unregister(trainer.lines)
+            self._reap()
+
+    def _hear(self, trainer: Trainer, messages: list[Message]) -> None:
+        trainer.heard = time.monotonic()
+        for message in messages:
+            kind = message.get("kind")
+            if kind == "beat":
+                trainer.beat = (message["step"], message["progress"])
+            elif kind == "warm":
+                trainer.warm = True
+            elif kind == "failing":
+                trainer.error = message["error"]
+            elif kind in ("joined", "running", "broken", "ended"):
+                if kind == "running":
+                    self._warm_spares()
+                trainer.ended = kind == "ended"
+                self._control.send(message | {"rank": trainer.rank})
+
+    def _on_control(self) -> None:
+        try:
+            messages = self._control.receive()
+        except ClosedError:
+            error = "the first node's supervisor is gone; torchrun decides about a restart"
+            self._verdict = self._gone(error)
+            return
+        for message in messages:
+            kind = message["kind"]
+            if kind == "verdict":
+                self._verdict = message
+            elif kind == "kill":
+                for trainer in self._trainers:
+                    if trainer.rank == message["rank"]:
+                        self._kill(trainer, f"was killed: {message['why']}")
+            else:
+                self._epoch = message["epoch"]
+                for trainer in self._trainers:
+                    if trainer.rank is not None:
+                        trainer.lines.send(message)
+
+    def _gone(self, error: str) -> Message:
+        first = self._place.first_rank
+        return {"kind": "verdict", "exit_code": FAILED, "rank": first, "error": error}
+
+    # Signals
+
+    def _take_signals(self) -> None:
+        """Signals arrive as bytes of a socket, one each, so that the loop never polls."""
+        for end in self._signals:
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._signals[1].fileno(), warn_on_full_buffer=False)
+        for number in (*FORWARDED, signal.SIGCHLD):
+            signal.signal(number, _noted)
+        self._selector.register(self._signals[0], selectors.EVENT_READ, self._on_signals)
+
+    def _on_signals(self) -> None:
+        if any(number in FORWARDED for number in self._signals[0].recv(4096)):
+            for trainer in self._trainers:
+                if trainer.rank is not None and trainer.process.poll() is None:
+                    trainer.process.send_signal(signal.SIGTERM)
+        self._reap()
+
+    def _conclude(self, verdict: Message) -> None:
+        """The job's last word, told once."""
+        status = Status(
+            exit_code=int(verdict["exit_code"]), rank=int(verdict["rank"] or 0), error=verdict["error"] or ""
+        )
+        first = self._place.node == 0 and write_status(self._settings.folder / "status.json", status)
+        if first and status.exit_code not in (DONE, REQUEUE) and status.error:
+            say(f"error: {status.error}")
+
+
+def say(text: str) -> None:
+    """A line to the user, beside what the trainers print."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The wake-up byte says it all; without a handler the signal would kill this process."""
+
+
+def _how(trainer: Trainer, code: int) -> str:
+    if trainer.killed:
+        return trainer.killed
+    if code < 0:
+        try:
+            return f"died, killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"died, killed by signal {-code}"
+    return (
+        f"failed ({trainer.error})"
+        if trainer.error
+        else f"ended with exit code {code} in the middle of the run"
+    )
+
+
+def place(environment: "os._Environ[str] | dict[str, str]") -> Place:
+    """This node's place, from the variables that torchrun sets."""
+    local = int(environment["LOCAL_WORLD_SIZE"])
+    return Place(
+        node=int(environment["GROUP_RANK"]),
+        first_rank=int(environment["RANK"]),
+        local_size=local,
+        size=int(environment["WORLD_SIZE"]),
+        attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        host=environment["MASTER_ADDR"],
+    )

@@ -1,0 +1,78 @@
+"""From a process that torchrun started to its node's supervisor, where lost ranks are replaced."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ..config.check import resolve
+from ..config.load import LoadedConfig
+from ..config.schema import Config
+from ..errors import ConfigError
+from ..protocol import BAD_INPUT, NO_PROGRESS, REQUEUE, write_status
+from .folder import STATUS, check_unused
+from .machine import visible_gpus
+
+FINAL = (BAD_INPUT, REQUEUE, NO_PROGRESS)
+"""Ends of a job after which torchrun's `--max-restarts` must not start it again."""
+
+
+def repairs(config: Config) -> bool:
+    """Whether a lost rank of this job is replaced: others are there to keep its state."""
+    return config.recovery.mode != "off" and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoReturn:
+    """Check what can be checked without torch, then replace this process; see docs/recovery.md.
+
+    Args:
+        loaded: the configuration.
+        options: of the trainers, before the files.
+    """
+    config, folder = loaded.config, Path(loaded.config.run.dir)
+    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    overrides = list(loaded.overrides)
+    if attempt:
+        _leave_if_over(folder)
+        overrides.append("run.resume=true")
+    try:
+        _check(config, folder, first=rank == 0 and attempt == 0)
+    except ConfigError as problem:
+        if write_status(folder / STATUS, BAD_INPUT, rank=rank, error=str(problem)):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
+    settings = config.recovery
+    arguments = [
+        f"--folder={folder}",
+        f"--spares={settings.spares}",
+        f"--heartbeat-s={settings.heartbeat_s}",
+        f"--hang-s={settings.hang_s}",
+        f"--max-failures={settings.max_failures}",
+    ]
+    program = ["-m", "longctx.cli.rank", "{}", *options, *loaded.files, *overrides]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "launch.supervise", *arguments, "--", *program]
+    os.execv(sys.executable, command)
+
+
+def _check(config: Config, folder: Path, *, first: bool) -> None:
+    size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if first:
+        check_unused(folder, resume=config.run.resume)
+    device = config.run.device
+    if device == "auto":  # without torch, which costs a second
+        device = "cuda" if visible_gpus() else "cpu"
+    resolve(config, size, device, node_ranks=local)
+
+
+def _leave_if_over(folder: Path) -> None:
+    """After a restart by torchrun: a job that ended in good order, or for good, is not begun again."""
+    try:
+        code = int(json.loads((folder / STATUS).read_text())["exit_code"])
+    except (OSError, ValueError, KeyError):
+        return
+    if code in FINAL:
+        sys.exit(code)

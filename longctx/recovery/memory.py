@@ -1,0 +1,50 @@
+"""Host memory that replicated states need, asked for before the first step."""
+
+from pathlib import Path
+
+from ..build import Run
+from ..checkpoint.shares import run_tensors
+from ..config.schema import RecoveryConfig
+from ..errors import ConfigError
+from .generations import KEPT, State
+
+_GIB = 2**30
+
+
+def predicted_bytes(state_bytes: int, *, replicas: int, local_ranks: int) -> int:
+    """Host memory of one node: `KEPT` generations of each of its ranks, own and held.
+
+    Args:
+        state_bytes: parameters and moments of one rank.
+        replicas: copies that are sent to other ranks.
+        local_ranks: ranks of the node.
+    """
+    return state_bytes * KEPT * (1 + replicas) * local_ranks
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory that this machine can still give; None where it does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def check_memory(run: Run, config: RecoveryConfig, *, local_ranks: int) -> None:
+    """Refuse what would not fit.
+
+    Raises:
+        ConfigError: the node has less memory than the generations of its ranks need.
+    """
+    state = State(run_tensors(run)).num_bytes
+    copies = max(0, config.replicas - (run.mesh.size("dp_replicate") - 1))
+    need = predicted_bytes(state, replicas=copies, local_ranks=local_ranks)
+    free = available_bytes()
+    if free is not None and need > free:
+        raise ConfigError(
+            f"recovery.mode=replicate needs {need / _GIB:.1f} GiB of host memory on this node "
+            f"({KEPT} generations of {local_ranks} ranks and {copies} replicas each, {state / _GIB:.2f} GiB "
+            f"a generation), and {free / _GIB:.1f} GiB are available; use more nodes, lower "
+            "recovery.replicas, or set recovery.mode=off"
+        )

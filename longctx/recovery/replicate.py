@@ -1,0 +1,179 @@
+"""Every rank's newest states in the memory of other ranks, sent while the next step is computed.
+
+A rank sends to `(rank + shift) % size` for every shift and keeps what it receives for as many owners.
+A generation is begun only when the one before it is acknowledged everywhere, so that some complete
+generation of all ranks exists at every moment.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel import comm
+from parallel.comm import Group
+
+from .generations import DamagedError, Shelf, Slot, digest_of, seal
+from .placement import Agreement, Inventory
+
+PARTS = 2
+"""Pieces that a generation is sent in."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Memory:
+    """What this process remembers; it outlives a membership."""
+
+    own: Shelf = field(default_factory=Shelf)
+    """Of this rank."""
+    held: dict[int, Shelf] = field(default_factory=dict)
+    """Owner -> of that rank."""
+
+    def inventory(self) -> dict[str, Any]:
+        """Intact generations, as JSON."""
+        held = {str(owner): shelf.steps() for owner, shelf in self.held.items()}
+        return {"own": self.own.steps(), "held": held}
+
+    def num_bytes(self) -> int:
+        """Host memory in use."""
+        shelves = [self.own, *self.held.values()]
+        return sum(slot.buffer.nbytes for shelf in shelves for slot in shelf.slots)
+
+
+class Replication:
+    """Replicates one run; made anew for every membership."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        group: Group,
+        shifts: Sequence[int],
+        *,
+        strike: Callable[[int], None] | None = None,
+    ) -> None:
+        """Set up; every rank of the world calls it.
+
+        Args:
+            memory: of this process.
+            group: all ranks, over host memory; nothing else communicates through it.
+            shifts: of `placement.shifts`; empty: generations stay in this process.
+            strike: called between the parts of a generation, with its step.
+        """
+        self._memory, self._group, self._strike = memory, group, strike
+        rank, size = group.rank, group.size
+        self._holders = [(rank + shift) % size for shift in shifts]
+        self._owners = [(rank - shift) % size for shift in shifts]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longctx-replicate")
+        self._last: Future[None] | None = None
+        self.skipped = 0
+        """Generations that were left out because the one before was still on its way."""
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether this rank's part of the last generation is complete.
+
+        Raises:
+            PeerLost: it failed.
+        """
+        if self._last is None:
+            return True
+        if self._last.done():
+            self._last.result()
+            return True
+        return False
+
+    def send(self, slot: Slot) -> None:
+        """Start to send a generation; the last one must be acknowledged everywhere."""
+        self._last = self._thread.submit(self._send_generation, slot, self._holders, self._owners)
+
+    def replenish(self, agreement: Agreement, inventories: Sequence[Inventory]) -> None:
+        """After a recovery: give the holders what they lack of the step that all went back to."""
+        me, step = self._group.rank, agreement.step
+
+        def lacks(holder: int, owner: int) -> bool:
+            return step not in inventories[holder].held.get(owner, ())
+
+        slot = self._memory.own.at(step)
+        assert slot is not None, "the state was restored from it"
+        holders = [holder for holder in self._holders if lacks(holder, me)]
+        owners = [owner for owner in self._owners if lacks(me, owner)]
+        self._last = self._thread.submit(self._send_generation, slot, holders, owners)
+
+    def fetch(self, agreement: Agreement) -> None:
+        """Move states from where they are to the ranks that lost theirs.
+
+        Raises:
+            DamagedError: what arrived is not what was kept.
+        """
+        me, step = self._group.rank, agreement.step
+        for shelf in (self._memory.own, *self._memory.held.values()):
+            shelf.drop_after(step)
+        sends = []
+        for rank, source in enumerate(agreement.source):
+            if source == me and rank != me:
+                held = self._memory.held.get(rank)
+                slot = (held.at(step) if held else None) or self._memory.own.at(step)
+                assert slot is not None, "the inventory named it"
+                sends.append((rank, slot))
+        source = agreement.source[me]
+        receives = [(source, self._memory.own.oldest())] if source != me else []
+        self._transfer(sends, receives, strike=None)
+
+    def wait(self) -> None:
+        """Return when the last generation is acknowledged."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """End the thread; a transfer that waits for a lost peer has been cut."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _send_generation(self, slot: Slot, holders: Sequence[int], owners: Sequence[int]) -> None:
+        seal(slot)
+        step = slot.step
+        receives = [(owner, self._memory.held.setdefault(owner, Shelf()).oldest()) for owner in owners]
+        strike = None if self._strike is None or step is None else self._strike
+        self._transfer([(holder, slot) for holder in holders], receives, strike=strike)
+        ok = torch.ones(1, dtype=torch.int64)
+        answers = [torch.zeros(1, dtype=torch.int64) for _ in holders]
+        self._swap([(owner, ok) for owner in owners], list(zip(holders, answers, strict=True)))
+
+    def _transfer(
+        self,
+        sends: Sequence[tuple[int, Slot]],
+        receives: Sequence[tuple[int, Slot]],
+        *,
+        strike: Callable[[int], None] | None,
+    ) -> None:
+        headers = [torch.tensor([s.step, s.used, s.digest], dtype=torch.int64) for _, s in sends]
+        coming = [torch.zeros(3, dtype=torch.int64) for _ in receives]
+        self._swap(
+            [(rank, header) for (rank, _), header in zip(sends, headers, strict=True)],
+            [(rank, header) for (rank, _), header in zip(receives, coming, strict=True)],
+        )
+        targets = [slot.reserve(int(h[1])) for (_, slot), h in zip(receives, coming, strict=True)]
+        for part in range(PARTS):
+            self._swap(
+                [(rank, _part(slot.bytes(), part)) for rank, slot in sends],
+                [(rank, _part(t, part)) for (rank, _), t in zip(receives, targets, strict=True)],
+            )
+            if strike is not None and part == 0 and sends:
+                strike(int(headers[0][0]))
+        for (rank, slot), header in zip(receives, coming, strict=True):
+            step, _, digest = header.tolist()
+            if digest_of(slot.bytes()) != digest:
+                raise DamagedError(f"the state of step {step} from rank {rank} arrived damaged")
+            slot.digest, slot.step = digest, step
+
+    def _swap(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+        sends = [(rank, tensor) for rank, tensor in sends if tensor.numel()]
+        receives = [(rank, tensor) for rank, tensor in receives if tensor.numel()]
+        comm.exchange(sends, receives, self._group, kind="replicate").wait()
+
+
+def _part(data: Tensor, part: int) -> Tensor:
+    half = -(-data.numel() // PARTS)
+    return data[part * half : (part + 1) * half]

@@ -1,0 +1,144 @@
+"""What the control server decides, as literals: no socket, no clock."""
+
+from launch.membership import BROKEN_GRACE_S, ENDED_GRACE_S, Limits, Membership
+from launch.protocol import DONE, FAILED, NO_PROGRESS, REQUEUE
+
+
+def join_all(members, epoch, *, now=0.0, ranks=None):
+    out = []
+    for rank in ranks or range(members.size):
+        out += members.handle({"kind": "joined", "rank": rank, "epoch": epoch, "state": {"of": rank}}, now)
+    return out
+
+
+def lost(rank, how="died, killed by SIGKILL"):
+    return {"kind": "lost", "rank": rank, "how": how, "at": 1.0, "warm": True}
+
+
+def test_a_membership_forms_when_every_rank_has_joined_and_carries_their_states():
+    members = Membership(size=3)
+    assert join_all(members, 0, ranks=[2, 0]) == []
+    (form,) = join_all(members, 0, ranks=[1])
+    assert form == {
+        "kind": "form",
+        "epoch": 0,
+        "first": True,
+        "lost": [],
+        "ranks": [{"of": 0}, {"of": 1}, {"of": 2}],
+    }
+
+
+def test_a_lost_rank_begins_an_epoch_which_forms_anew_and_names_it():
+    members = Membership(size=2)
+    join_all(members, 0)
+    assert members.handle(lost(1), 2.0) == [{"kind": "fence", "epoch": 1}]
+    assert join_all(members, 0, ranks=[0]) == [{"kind": "fence", "epoch": 1}]  # it had not heard
+    (form,) = join_all(members, 1)
+    assert form["epoch"] == 1 and form["first"]  # no state was anywhere yet
+    assert [each["rank"] for each in form["lost"]] == [1]
+
+
+def test_a_run_has_begun_when_every_ranks_first_state_has_a_copy():
+    members = Membership(size=2)
+    join_all(members, 0)
+    members.handle({"kind": "running", "rank": 0, "epoch": 0}, 1.0)
+    members.handle(lost(1), 1.1)
+    assert join_all(members, 1)[0]["first"]
+    for rank in range(2):
+        members.handle({"kind": "running", "rank": rank, "epoch": 1}, 2.0)
+    members.handle(lost(1), 2.1)
+    assert not join_all(members, 2)[0]["first"]
+
+
+def test_a_second_loss_while_the_epoch_forms_begins_another_and_both_are_named():
+    members = Membership(size=3)
+    join_all(members, 0)
+    members.handle(lost(1), 2.0)
+    assert join_all(members, 1, ranks=[0, 2]) == []
+    assert members.handle(lost(2), 2.1) == [{"kind": "fence", "epoch": 2}]
+    (form,) = join_all(members, 2)
+    assert form["epoch"] == 2 and [each["rank"] for each in form["lost"]] == [1, 2]
+
+
+def test_a_broken_connection_waits_for_the_word_of_a_death_and_then_counts_by_itself():
+    broken = {"kind": "broken", "rank": 0, "epoch": 0, "error": "connection closed"}
+    members = Membership(size=2)
+    join_all(members, 0)
+    assert members.handle(broken, 2.0) == [] == members.tick(2.0 + BROKEN_GRACE_S / 2)
+    members.handle(lost(1), 2.01)
+    assert members.epoch == 1 and members.tick(3.0) == []  # one epoch for both
+
+    alone = Membership(size=2)
+    join_all(alone, 0)
+    alone.handle(broken, 2.0)
+    assert alone.tick(2.0 + BROKEN_GRACE_S) == [{"kind": "fence", "epoch": 1}]
+    assert alone.handle(broken, 3.0) == [] == alone.tick(9.0)  # of an epoch that is over
+
+
+def test_a_rank_that_fails_again_and_again_without_a_new_step_ends_the_job_with_65():
+    members = Membership(size=2, limits=Limits(failures=2))
+    join_all(members, 0)
+    for epoch in (1, 2):
+        assert members.handle(lost(1, "failed (KeyError: 'x')"), epoch)[0]["kind"] == "fence"
+        join_all(members, epoch)
+    (verdict,) = members.handle(lost(1, "failed (KeyError: 'x')"), 3.0)
+    assert verdict["exit_code"] == NO_PROGRESS and verdict["rank"] == 1
+    assert "KeyError" in verdict["error"] and "recovery.max_failures" in verdict["error"]
+    assert members.handle(lost(0), 4.0) == []  # it is over
+
+
+def test_a_new_step_forgives_earlier_failures():
+    members = Membership(size=2, limits=Limits(failures=1))
+    for epoch in range(4):
+        join_all(members, epoch)
+        members.handle({"kind": "beats", "ranks": [[0, epoch, 5], [1, epoch, 4]]}, epoch)
+        assert members.handle(lost(1), epoch)[0]["kind"] == "fence"
+
+
+def test_the_job_is_over_when_all_have_ended_and_not_before():
+    members = Membership(size=2)
+    join_all(members, 0)
+    assert members.handle({"kind": "ended", "rank": 0, "exit_code": DONE}, 1.0) == []
+    assert members.handle(lost(1), 1.1)[0]["kind"] == "fence"  # rank 0 must join again
+    join_all(members, 1)
+    assert members.handle({"kind": "ended", "rank": 1, "exit_code": DONE}, 2.0) == []
+    (verdict,) = members.handle({"kind": "ended", "rank": 0, "exit_code": DONE}, 2.1)
+    assert verdict["exit_code"] == DONE
+
+
+def test_one_bad_end_is_the_jobs_end_even_if_the_others_hang():
+    members = Membership(size=2)
+    join_all(members, 0)
+    end = {"kind": "ended", "rank": 1, "exit_code": 2, "error": "a token outside the vocabulary"}
+    assert members.handle(end, 1.0) == [] == members.tick(1.0 + ENDED_GRACE_S / 2)
+    (verdict,) = members.tick(1.0 + ENDED_GRACE_S)
+    assert verdict == {
+        "kind": "verdict",
+        "exit_code": 2,
+        "rank": 1,
+        "error": "a token outside the vocabulary",
+    }
+
+
+def test_a_stop_of_all_ranks_is_a_requeue():
+    members = Membership(size=2)
+    join_all(members, 0)
+    members.handle({"kind": "ended", "rank": 0, "exit_code": REQUEUE}, 1.0)
+    (verdict,) = members.handle({"kind": "ended", "rank": 1, "exit_code": REQUEUE}, 1.0)
+    assert verdict["exit_code"] == REQUEUE
+
+
+def test_without_progress_the_rank_furthest_behind_is_killed():
+    members = Membership(size=3, limits=Limits(hang_s=10.0))
+    join_all(members, 0)
+    members.handle({"kind": "beats", "ranks": [[0, 4, 90], [1, 4, 88], [2, 4, 91]]}, 1.0)
+    members.handle({"kind": "beats", "ranks": [[0, 4, 90], [1, 4, 88], [2, 4, 92]]}, 6.0)
+    assert members.tick(15.0) == []
+    (kill,) = members.tick(16.5)
+    assert (kill["kind"], kill["rank"]) == ("kill", 1) and "10 s" in kill["why"]
+
+
+def test_a_lost_node_is_left_to_torchrun():
+    members = Membership(size=2)
+    (verdict,) = members.handle({"kind": "node_lost", "node": 1, "first_rank": 1}, 1.0)
+    assert verdict["exit_code"] == FAILED and "node 1" in verdict["error"]

@@ -1,0 +1,140 @@
+"""Real processes, real SIGKILL: every kind of fault in every phase gives the undisturbed run.
+
+In layout number l the fault of number k strikes in phase number k + l: every pair of kind and phase,
+kind and layout, phase and layout occurs. `make test` runs two of the layouts, `make test-all` all.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from rehearsal import COMMON, LAYOUTS, ROOT, SIZE, events, left_over, reference, rehearse, rows, state
+from tiny import overrides, write_corpus
+
+KINDS = ("kill", "exception", "exit", "drop", "stop", "hang")
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "keep")
+
+
+def strikes_of(layout: str) -> list[str]:
+    number = list(LAYOUTS).index(layout)
+    pairs = [(kind, PHASES[(k + number) % len(PHASES)]) for k, kind in enumerate(KINDS)]
+    faults = [f"{3 + 4 * k}:{(k + number) % SIZE}:{phase}:{kind}" for k, (kind, phase) in enumerate(pairs)]
+    replicated = "hsdp" not in layout  # twins are the copies there: nothing is sent
+    return [*faults, f"29:{number % SIZE}:{'replicate' if replicated else 'reduce'}"]
+
+
+def assert_survivors_stayed(folder, first):
+    before = first
+    for event in events(folder, "recovered"):
+        gone = {loss["rank"] for loss in event["lost"] if not loss["alive"]}
+        changed = {rank for rank in range(SIZE) if before and before[rank] != event["pids"][rank]}
+        assert changed <= gone, event
+        before = event["pids"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "fsdp2-ring2",
+        "pp2-fsdp2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp4", "hsdp2x2", "pp4", "planned4")),
+    ],
+)
+def test_every_fault_gives_the_undisturbed_run(tmp_path, layout):
+    expected = reference(tmp_path, layout)
+    strikes = strikes_of(layout)
+    code, words, folder = rehearse(tmp_path, layout, strikes, timeout=170)
+    assert code == 0, words
+    assert len(list((folder / "chaos").glob("struck-*.json"))) == len(strikes), words
+    assert rows(folder) == rows(expected)
+    assert state(folder) == state(expected)
+    assert events(folder, "mismatch") == []
+    found = events(folder, "recovered")
+    assert found and not any("checkpoint" in event for event in found)
+    assert max(event["steps_redone"] for event in found) <= 3
+    assert_survivors_stayed(folder, None)
+    assert left_over(folder) == []
+
+
+@pytest.mark.timeout(120)
+def test_several_at_once_rank_0_among_them_and_one_during_the_recovery(tmp_path):
+    expected = reference(tmp_path, "fsdp4")
+    strikes = [
+        "6:0:backward",
+        "6:2:backward",
+        "*:1:transfer",
+        "20:3:keep:corrupt",
+        "21:2:forward",
+        "*:1:end",
+    ]
+    code, words, folder = rehearse(tmp_path, "fsdp4", strikes, "recovery.replicas=3")
+    assert code == 0, words
+    assert len(list((folder / "chaos").glob("struck-*.json"))) == len(strikes), words
+    assert rows(folder) == rows(expected) and state(folder) == state(expected)
+    assert events(folder, "mismatch") == []
+    assert_survivors_stayed(folder, None)
+
+
+@pytest.mark.timeout(120)
+def test_what_no_memory_has_comes_from_the_checkpoint_or_ends_with_one_clear_error(tmp_path):
+    expected = reference(tmp_path, "fsdp4", "checkpoint.every=8", "train.steps=18")
+    both = ["12:1:forward", "12:2:forward"]  # rank 2 holds the copy of rank 1
+    keep = ("checkpoint.every=8", "train.steps=18")
+    code, words, folder = rehearse(tmp_path, "fsdp4", both, *keep, name="saved")
+    assert code == 0, words
+    assert "going back to checkpoint" in words
+    assert rows(folder) == rows(expected) and state(folder) == state(expected)
+    (event,) = [e for e in events(folder, "recovered") if "checkpoint" in e]
+    assert event["step"] == 8 and events(folder, "mismatch") == []
+
+    code, words, folder = rehearse(tmp_path, "fsdp4", both, "train.steps=18", name="unsaved")
+    assert code == 65, words
+    assert "the state of ranks [1] is in no peer's memory" in words and "checkpoint.every" in words
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 65
+    assert left_over(folder) == []
+
+
+@pytest.mark.timeout(150)
+def test_a_dead_supervisor_is_torchruns_to_restart_from_the_newest_checkpoint(tmp_path):
+    from longctx.recovery.faults import Fault, write_plan
+
+    extra = ("checkpoint.every=4", "train.steps=16")
+    expected = reference(tmp_path, "fsdp4", *extra)
+    folder = tmp_path / "restarted"
+    write_plan([Fault(step=10, rank=2, phase="forward", kind="supervisor")], folder / "chaos" / "plan.json")
+    options = [*overrides(tmp_path, "restarted", layout={"dp_shard": 4}), *COMMON, *extra]
+    line = [
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc-per-node={SIZE}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--rdzv-conf=is_host=true",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *line, "-m", "longctx", "chaos", "recipes/quickstart.yaml", "--yes", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=140,
+    )
+    assert done.returncode == 0, done.stdout
+    assert rows(folder) == rows(expected) and state(folder) == state(expected)
+    resumed = [event["resumed_from"] for event in events(folder, "start")]
+    assert resumed[0] is None and resumed[1].endswith("step-00000008")
+    assert left_over(folder) == []
+
+
+@pytest.mark.timeout(90)
+def test_a_bug_that_comes_again_ends_the_run_with_65_and_its_words(tmp_path):
+    write_corpus(tmp_path / "docs")
+    strikes = ["4:1:forward:exception"] * 2
+    code, words, folder = rehearse(tmp_path, "fsdp4", strikes, "recovery.max_failures=1", name="bug")
+    assert code == 65, words
+    assert "rank 1 failed 2 times in a row without a new step" in words and "InjectedError" in words
+    assert left_over(folder) == []
