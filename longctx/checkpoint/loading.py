@@ -1,5 +1,6 @@
 """From a checkpoint into a run, whatever layout wrote it."""
 
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,7 +78,7 @@ def load(path: Where, run: Run) -> None:
     """
     opened, state = _open(path, run)
     tensors = run_tensors(run)
-    _check_same_model(path, opened, run)
+    _check_same_model(path, opened, tensors, run)
     with together(run, f"loading {path}"):
         _fill_all(opened.index, tensors)
     run.progress.step, run.progress.tokens = state["step"], state["tokens"]
@@ -103,19 +104,36 @@ def load_weights(index: TensorIndex, run: Run) -> None:
 def _fill_all(index: TensorIndex, tensors: Mapping[str, Tensor]) -> None:
     """Reading and hashing leave the interpreter, so as many threads as torch has share the tensors."""
     shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(lambda name: fill(index, name, shards[name]), shards):
+    names = iter(list(shards))  # all threads take from it; a future each costs more than a small read
+
+    def work(_: int) -> None:
+        for name in names:
+            try:
+                fill(index, name, shards[name])
+            except BaseException:
+                deque(names, maxlen=0)  # the other threads find none left
+                raise
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, range(threads)):
             pass  # an error of any thread is raised here
 
 
 def _open(path: Where, run: Run) -> tuple[Opened, dict[str, Any]]:
     """Rank 0 reads manifest, headers and state and tells the others."""
-    found: Any = None
+    mine: tuple[Opened, dict[str, Any]] | None = None
+    told: Any = None
     with together(run, f"reading {path}"):
         if run.world.rank == 0:
             opened = open_checkpoint(path)
-            found = [opened.manifest, index_to_json(opened.index), read_state(opened)]
-    manifest, tensors, state = _from_rank_0(run, found)
+            mine = opened, read_state(opened)
+            if run.world.size > 1:
+                told = [opened.manifest, index_to_json(opened.index), mine[1]]
+    told = _from_rank_0(run, told)
+    if mine is not None:
+        return mine
+    manifest, tensors, state = told
     return Opened(manifest=manifest, index=index_from_json(folder_at(path), tensors)), state
 
 
@@ -123,8 +141,8 @@ def _from_rank_0(run: Run, value: Any) -> Any:
     return comm.broadcast_json(value, src=0, group=run.mesh.group("world"))
 
 
-def _check_same_model(path: Where, opened: Opened, run: Run) -> None:
-    mine = {name: list(tensor.shape) for name, tensor in run_tensors(run).items()}
+def _check_same_model(path: Where, opened: Opened, tensors: Mapping[str, Tensor], run: Run) -> None:
+    mine = {name: list(tensor.shape) for name, tensor in tensors.items()}
     expected: dict[str, list[int]] = {}
     for shapes in comm.gather_json(mine, group=run.mesh.group("world")):
         expected |= shapes

@@ -37,7 +37,7 @@ def write_manifest(folder: Folder, body: Mapping[str, Any]) -> None:
     """
     whole = {"format": FORMAT, **body}
     signed = whole | {"checksum": xxhash.xxh3_64_hexdigest(_canonical(whole))}
-    write_whole(folder, MANIFEST, json.dumps(signed, indent=1).encode())
+    write_whole(folder, MANIFEST, json.dumps(signed).encode())
 
 
 def write_small(folder: Folder, name: str, content: bytes) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import UnsupportedOperation
 from pathlib import Path
@@ -14,6 +14,13 @@ from ..files import atomic_file, sync_folder
 
 Where = Path | str
 """A local path, or a URL such as `s3://bucket/run/ckpt`."""
+Seen = Callable[[memoryview], Any]
+STEP_BYTES = 256 << 10
+"""What is read, or hashed, before it is hashed, or written: it is still in the core's own cache then."""
+
+
+def unseen(part: memoryview) -> None:
+    """Nobody looks at what is read."""
 
 
 class Folder(Protocol):
@@ -30,8 +37,8 @@ class Folder(Protocol):
     def read(self, name: str, start: int, count: int) -> bytearray:
         """Some bytes of a file, fewer at its end."""
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` from a file; returns how many bytes there were."""
+    def read_into(self, name: str, start: int, buffer: memoryview, *, seen: Seen = unseen) -> int:
+        """Fill `buffer` from a file; returns how many bytes there were, each of which `seen` was shown."""
 
     def create(self, name: str) -> Any:
         """Context manager: a writable file that is on disk when it is left without error."""
@@ -78,6 +85,7 @@ class LocalFolder:
     def __init__(self, path: Path) -> None:
         self.where: Where = path
         self._path = path
+        self._prefix = f"{path}/"  # joining paths takes longer than opening a file
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None: there is none."""
@@ -89,15 +97,16 @@ class LocalFolder:
         buffer = bytearray(count)
         return buffer[: self.read_into(name, start, memoryview(buffer))]
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` from a file; returns how many bytes there were."""
-        descriptor = os.open(self._path / name, os.O_RDONLY)
+    def read_into(self, name: str, start: int, buffer: memoryview, *, seen: Seen = unseen) -> int:
+        """Fill `buffer` from a file; returns how many bytes there were, each of which `seen` was shown."""
+        descriptor = os.open(self._prefix + name, os.O_RDONLY)
         try:
             done = 0
             while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], start + done)
+                count = os.preadv(descriptor, [buffer[done : done + STEP_BYTES]], start + done)
                 if not count:
                     break
+                seen(buffer[done : done + count])
                 done += count
             return done
         finally:
@@ -165,10 +174,11 @@ class RemoteFolder:
         """Some bytes of a file, fewer at its end."""
         return bytearray(self._system.cat_file(self._path(name), start=start, end=start + count))
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` from a file; returns how many bytes there were."""
+    def read_into(self, name: str, start: int, buffer: memoryview, *, seen: Seen = unseen) -> int:
+        """Fill `buffer` from a file; returns how many bytes there were, each of which `seen` was shown."""
         found = self.read(name, start, len(buffer))
         buffer[: len(found)] = found
+        seen(buffer[: len(found)])
         return len(found)
 
     @contextmanager

@@ -10,7 +10,7 @@ import xxhash
 from ..errors import CheckpointError
 from .codec import decode
 from .dtypes import ITEM_BYTES, check_dtype
-from .folder import Folder
+from .folder import Folder, Seen, unseen
 from .header import BLOCK_BYTES, Piece
 
 
@@ -111,7 +111,8 @@ def read_piece(folder: Folder, piece: Piece, start: int, out: memoryview) -> Non
     Raises:
         CheckpointError: the file is truncated or altered, or the dtype without support; named.
     """
-    check_dtype(piece.dtype, f"{folder.where}/{piece.file}: {piece.name}")
+    if piece.dtype not in ITEM_BYTES:
+        check_dtype(piece.dtype, f"{folder.where}/{piece.file}: {piece.name}")
     if not piece.coded:
         _read_stored(folder, piece, start, out)
         return
@@ -171,8 +172,9 @@ def _read_stored(folder: Folder, piece: Piece, start: int, out: memoryview) -> N
         low, high = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, piece.num_bytes)
         inside = low >= start and high <= stop
         block = out[low - start : high - start] if inside else memoryview(bytearray(high - low))
-        _read_exactly(folder, piece, low, block)
-        if number >= len(piece.sums) or xxhash.xxh3_64_hexdigest(block) != piece.sums[number]:
+        digest = xxhash.xxh3_64()
+        _read_exactly(folder, piece, low, block, seen=digest.update)
+        if number >= len(piece.sums) or digest.hexdigest() != piece.sums[number]:
             raise CheckpointError(
                 f"{folder.where}/{piece.file} is altered: a checksum of {piece.name} is not the manifest's"
             )
@@ -181,9 +183,9 @@ def _read_stored(folder: Folder, piece: Piece, start: int, out: memoryview) -> N
             out[first - start : last - start] = block[first - low : last - low]
 
 
-def _read_exactly(folder: Folder, piece: Piece, start: int, out: memoryview) -> None:
+def _read_exactly(folder: Folder, piece: Piece, start: int, out: memoryview, *, seen: Seen = unseen) -> None:
     try:
-        count = folder.read_into(piece.file, piece.start + start, out)
+        count = folder.read_into(piece.file, piece.start + start, out, seen=seen)
     except OSError as error:
         raise CheckpointError(f"{folder.where}/{piece.file} cannot be read: {error}") from error
     if count != len(out):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -23,6 +24,9 @@ def shard_of(tensor: Tensor) -> Shard:
     """This rank's part of a DTensor; a plain tensor whole."""
     if not isinstance(tensor, DTensor):
         return Shard(local=tensor, shape=tuple(tensor.shape), offset=(0,) * tensor.ndim)
-    mesh, placements = tensor.device_mesh, tensor.placements
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    return Shard(local=tensor.to_local(), shape=tuple(tensor.shape), offset=tuple(offset))
+    with torch.no_grad():
+        local, shape = tensor.to_local(), tuple(tensor.shape)
+    if local.shape == tensor.shape:  # the search below takes 0.1 ms
+        return Shard(local=local, shape=shape, offset=(0,) * tensor.ndim)
+    _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    return Shard(local=local, shape=shape, offset=tuple(offset))

@@ -8,7 +8,7 @@ import xxhash
 
 from .codec import encode
 from .dtypes import ITEM_BYTES
-from .folder import Folder
+from .folder import STEP_BYTES, Folder
 from .header import BLOCK_BYTES, Piece, encode_header
 
 Chunk = memoryview | bytes | bytearray
@@ -73,18 +73,28 @@ def write_file(folder: Folder, name: str, items: Sequence[Item], *, coded: bool 
 
 def _write_item(file: Any, item: Item, *, coded: bool) -> tuple[int, list[str]]:
     count, sums = 0, []
-    for block in _blocks(_coded(item) if coded else item.chunks):
-        sums.append(xxhash.xxh3_64_hexdigest(block))
-        file.write(block)
-        count += len(block)
+    blocks = _blocks(_coded(item)) if coded else _blocks(item.chunks, size=_raw_bytes(item.piece))
+    for block in blocks:
+        digest = xxhash.xxh3_64()
+        view = memoryview(block)
+        for start in range(0, len(view), STEP_BYTES):
+            part = view[start : start + STEP_BYTES]
+            digest.update(part)
+            file.write(part)
+        sums.append(digest.hexdigest())
+        count += len(view)
     return count, sums
 
 
-def _blocks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The same bytes in blocks of `BLOCK_BYTES`, the last one shorter; without a copy where borders agree."""
+def _blocks(chunks: Iterable[Chunk], *, size: int = -1) -> Iterator[Chunk]:
+    """The same bytes in blocks of `BLOCK_BYTES`, the last one shorter; without a copy where borders agree.
+
+    With the `size` of all chunks together, the last one's end is not copied either.
+    """
     rest = bytearray()
     for chunk in chunks:
         view = memoryview(chunk)
+        size -= len(view)
         if rest:
             need = BLOCK_BYTES - len(rest)
             rest += view[:need]
@@ -96,7 +106,9 @@ def _blocks(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
         for start in range(0, whole, BLOCK_BYTES):
             yield view[start : start + BLOCK_BYTES]
-        if len(view) > whole:
+        if size == 0 and len(view) > whole:
+            yield view[whole:]
+        elif len(view) > whole:
             rest = bytearray(view[whole:])
     if rest:
         yield rest

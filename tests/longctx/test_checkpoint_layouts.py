@@ -1,4 +1,4 @@
-"""Checkpoints change layout: a run that moves through seven layouts keeps the losses of one process."""
+"""Checkpoints change layout: a run that moves through nine layouts keeps the losses of one process."""
 
 import json
 from itertools import pairwise
@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import xxhash
 from ranks import run_ranks
 from tiny import make_config, make_world, write_corpus
 
@@ -26,7 +27,9 @@ CHAIN = (
     {"tp": 2},
     {"ulysses": 2, "tp": 2},
     {"dp_replicate": 2, "dp_shard": 2},
+    {"pp": 2},
     {"ring": 2},
+    {"pp": 2, "dp_shard": 2},
     {},
 )
 
@@ -120,6 +123,34 @@ def test_any_box_of_a_tensor_is_read_from_any_pieces(tmp_path, coded, dtype):
         local = torch.zeros_like(whole[rows, columns], dtype=torch.float64).t().contiguous().t()
         fill(index, "w", Shard(local=local, shape=(61, 34), offset=(rows.start or 0, columns.start or 0)))
         assert torch.equal(local, whole[rows, columns].double())
+
+
+def test_chunks_of_any_size_become_blocks_with_checksums(tmp_path, monkeypatch):
+    from longctx.tensors import folder as folder_module
+    from longctx.tensors import index as index_module
+    from longctx.tensors import writer
+
+    for module, name in (
+        (index_module, "BLOCK"),
+        (writer, "BLOCK"),
+        (writer, "STEP"),
+        (folder_module, "STEP"),
+    ):
+        monkeypatch.setattr(module, f"{name}_BYTES", 256 if name == "BLOCK" else 100)
+    folder, whole = LocalFolder(tmp_path), torch.arange(1000, dtype=torch.float32)
+    raw = raw_bytes(whole)
+
+    def chunks():  # each is valid until the next
+        buffer = memoryview(bytearray(700))
+        for start in range(0, len(raw), 700):
+            part = buffer[: len(raw) - start]
+            part[:] = raw[start : start + 700]
+            yield part
+
+    written = write_file(folder, "a.safetensors", [Item(piece=item(whole, "w").piece, chunks=chunks())])
+    blocks = [raw[start : start + 256] for start in range(0, len(raw), 256)]
+    assert written.sums == {"w": [xxhash.xxh3_64_hexdigest(block) for block in blocks]}
+    assert torch.equal(read_tensor(index_pieces(folder, pieces_of(folder, written)), "w"), whole)
 
 
 def test_a_partial_read_touches_and_checks_only_its_blocks(tmp_path, monkeypatch):
