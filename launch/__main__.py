@@ -1,33 +1,62 @@
-"""`python -m launch local --processes N [options] -- PROGRAM ...`."""
+"""`python -m launch VERB [options] [-- PROGRAM ...]`."""
 
-import argparse
-import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
 
-from . import local
+from .errors import LaunchError
+from .local import say
+from .protocol import BAD_INPUT, DONE
+
+STARTING: Mapping[str, str] = {
+    "local": "on this machine, under torchrun",
+    "torchrun": "on a list of hosts: prints one line for each, or reaches them by ssh",
+    "slurm": "render a batch script, check, submit, follow",
+}
+JOB: Mapping[str, str] = {
+    "status": "how the job of a run folder stands",
+    "logs": "what a rank has printed",
+    "requeue": "put the job back into the queue after a checkpoint",
+    "cancel": "stop the job",
+    "hang": "where every rank stands, and which rank waits for which",
+}
+NODE = ("preflight", "begin", "verdict", "attend")
+"""Called by batch scripts."""
+OTHER: Mapping[str, str] = {
+    "shape": "the world that a job and a site make, as JSON",
+    "doctor": "what this machine is fit for, without torch",
+    "examples": "render the examples in launch/examples anew",
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse and run one verb; returns the exit code."""
+    """Run one verb; returns the exit code."""
     own, program = split(argv)
-    options = parser().parse_args(own)
-    if not program:
-        parser().error("name the program after --, e.g. -- -m longctx train quickstart")
-    if options.processes < 1:
-        parser().error(f"--processes={options.processes}; choose at least 1")
-    job = local.Job(
-        argv=tuple(program),
-        processes=options.processes,
-        port=options.port,
-        status=options.status,
-        log=options.log,
-    )
-    if options.dry_run:
-        print(shlex.join(local.dry_run(job)))
-        return 0
-    return local.run(job)
+    if not own or own[0] in ("-h", "--help"):
+        print(help_text(), file=sys.stdout if own else sys.stderr)
+        return DONE if own else BAD_INPUT
+    verb, *options = own
+    try:
+        return _run(verb, options, program)
+    except LaunchError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(verb: str, options: Sequence[str], program: Sequence[str]) -> int:
+    if verb in STARTING:
+        return int(import_module(f".verbs.{verb}", __package__).run(options, program))
+    module = "job" if verb in JOB else "node" if verb in NODE else "other" if verb in OTHER else ""
+    if not module:
+        known = [*STARTING, *JOB, *OTHER]
+        close = get_close_matches(verb, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(known)}"
+        say(f"error: unknown verb {verb}; {hint}")
+        return BAD_INPUT
+    return int(getattr(import_module(f".verbs.{module}", __package__), verb)(options))
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -37,17 +66,11 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="launch", description="Start programs on machines.")
-    verbs = top.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser("local", help="on this machine, under torchrun", usage=__doc__)
-    verb.add_argument("--processes", type=int, required=True, help="workers to start")
-    verb.add_argument("--port", type=int, default=0, help="port of the rendezvous; 0: any free one")
-    verb.add_argument("--status", type=Path, help="file in which the program says how it ended")
-    verb.add_argument("--log", type=Path, help="file for torchrun's own messages")
-    verb.add_argument("--dry-run", action="store_true", help="print the torchrun command and stop")
-    return top
+def help_text() -> str:
+    """The verbs in a table."""
+    rows = [f"  {verb:<10}{text}" for group in (STARTING, JOB, OTHER) for verb, text in group.items()]
+    usage = "usage: launch VERB [options] [-- PROGRAM ...]"
+    return "\n".join(["Start programs on machines.", "", usage, "", *rows])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """One process of a group that torchrun started."""
 
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
         The exit code of this rank.
     """
     rank = int(os.environ["RANK"])
+    _stacks(status.parent / "logs", rank)
     try:
         code = body(_resolved(loaded), torchrun_world(_device(loaded.config)))
     except (ConfigError, DataError) as problem:
@@ -42,6 +45,12 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
     elif code not in (DONE, REQUEUE) and write_status(status, code, rank=rank, error="see its log"):
         print(f"error: rank {rank} ended with exit code {code}; see its log", file=sys.stderr, flush=True)
     return code
+
+
+def _stacks(folder: Path, rank: int) -> None:
+    """On SIGUSR2 this rank writes where it stands, for `longctx launch hang`; it goes on undisturbed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    faulthandler.register(signal.SIGUSR2, (folder / f"stack_{rank}.txt").open("w"), all_threads=True)
 
 
 def _resolved(loaded: LoadedConfig) -> Config:

@@ -185,12 +185,17 @@ def test_everything_after_the_first_dashes_is_the_program():
 
 
 @pytest.mark.parametrize(
-    "argv", [["local", "--processes=2"], ["local", "--processes=0", "--", "x"], ["lokal"], []]
+    "argv", [["local", "--processes=2"], ["local", "--processes=0", "--", "x"], ["slurm"], ["torchrun"]]
 )
 def test_a_wrong_command_line_ends_with_2(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         main(argv)
     assert ended.value.code == 2
+
+
+def test_an_unknown_verb_names_the_closest(capsys):
+    assert main(["lokal"]) == 2 and main([]) == 2
+    assert "did you mean local?" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_command_and_starts_nothing(capsys):
