@@ -15,9 +15,21 @@ from .folder import check_unused
 from .start import become_launcher, check_packages
 
 WITH_FILE = ("torchrun", "slurm")
-SPEC_VALUES = ("job", "site")
-LISTS = ("set", "directive", "no-directive")
-FLAGS = ("dry-run", "no-follow", "ssh")
+VALUES = {
+    "job": "job file: nodes, restarts, image...; without it the defaults",
+    "site": "site file, or a name in configs/cluster",
+    "hosts": "torchrun: file with one host a line",
+}
+LISTS = {
+    "set": "KEY=VALUE of the job, or site.KEY=VALUE; may be repeated",
+    "directive": "slurm: NAME=VALUE of an sbatch option; may be repeated",
+    "no-directive": "slurm: NAME of an sbatch option to leave out; may be repeated",
+}
+FLAGS = {
+    "dry-run": "print what would be started and stop",
+    "no-follow": "slurm: return as soon as the job is in the queue",
+    "ssh": "torchrun: start the lines on their hosts",
+}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,12 +42,12 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in WITH_FILE or "--" in argv:
         become_launcher(argv)
     parser = make_parser(f"launch {argv[0]}", f"Start `longctx train FILE` with {argv[0]}.")
-    for name in SPEC_VALUES:
-        parser.add_argument(f"--{name}", default="", help=f"{name} file, docs/launch.md")
-    for name in LISTS:
-        parser.add_argument(f"--{name}", action="append", default=[], help="may be repeated")
-    for name in FLAGS:
-        parser.add_argument(f"--{name}", action="store_true", help="as docs/launch.md says")
+    for name, text in VALUES.items():
+        parser.add_argument(f"--{name}", default="", help=text)
+    for name, text in LISTS.items():
+        parser.add_argument(f"--{name}", action="append", default=[], help=text)
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     arguments = parse(parser, argv[1:])
     options = _options(vars(arguments.options))
     _launch(argv[0], load(arguments.files, arguments.overrides), options)
@@ -62,7 +74,7 @@ def _launch(backend: str, loaded: LoadedConfig, options: list[str]) -> NoReturn:
         )
     config = resolve(loaded.config, world, device, node_ranks=shape["processes"])
     folder = Path(config.run.dir)
-    if "--dry-run" not in options:
+    if "--dry-run" not in options and (backend == "slurm" or "--ssh" in options):
         check_unused(folder, resume=config.run.resume)
         from ..data.prepare import describe, prepare
 
