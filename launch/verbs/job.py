@@ -11,9 +11,9 @@ from typing import Any
 from .. import attempts
 from .. import hang as hanging
 from ..errors import LaunchError, SpecError
+from ..outcome import rank_log
 from ..protocol import DONE, FAILED, read_status
 from ..submit import recorded, scontrol, states
-from ..outcome import rank_log
 
 ANSWER_S = 3.0
 

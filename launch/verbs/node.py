@@ -11,9 +11,9 @@ from .. import preflight as checking
 from ..begin import Start
 from ..begin import begin as begin_attempt
 from ..local import say
-from ..protocol import DONE, PREFLIGHT_FAILED
 from ..outcome import End
 from ..outcome import verdict as judge_attempt
+from ..protocol import DONE, PREFLIGHT_FAILED
 
 
 def preflight(argv: Sequence[str]) -> int:

@@ -16,8 +16,8 @@ from launch.attempts import Attempt
 from launch.attend import shrink
 from launch.begin import Start, begin, judge
 from launch.errors import PreflightError, SpecError
-from launch.preflight import Answer, Demands
 from launch.outcome import End, verdict
+from launch.preflight import Answer, Demands
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
