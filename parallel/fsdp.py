@@ -94,6 +94,12 @@ def set_last_backward(model: nn.Module, last: bool) -> None:
     model.set_is_last_backward(last)  # not recursive: it is of the root's shared state
 
 
+def gather(model: nn.Module) -> None:
+    """Gather every parameter, before ranks go on at their own pace; all ranks call it together."""
+    for module in fsdp_modules(model):
+        module.unshard()
+
+
 def reshard(model: nn.Module) -> None:
     """Free every gathered parameter."""
     for module in fsdp_modules(model):

@@ -114,11 +114,12 @@ def resolve_step_plan(config: Config, *, node_ranks: int) -> Config:
 
 
 def check_step_plan(config: Config, degrees: ParallelConfig) -> None:
-    """The longest sequence fits all ranks together.
+    """The longest sequence fits all ranks together, and groups that run at their own pace can.
 
     Raises:
-        ConfigError: it does not, naming the longest that fits.
+        ConfigError: it does not, naming the longest that fits, or they cannot.
     """
+    _check_pace(config, degrees)
     plan, capacity = config.step_plan, config.step_plan.capacity_tokens
     if plan.groups == "static" or not isinstance(capacity, int):
         return
@@ -131,4 +132,21 @@ def check_step_plan(config: Config, degrees: ParallelConfig) -> None:
             f"at step_plan.capacity_tokens={format_tokens(capacity)} each: the longest that fits is "
             f"{format_tokens(capacity * max(allowed))}; shorten data.seq_len, raise "
             "step_plan.capacity_tokens, or use more processes"
+        )
+
+
+def _check_pace(config: Config, degrees: ParallelConfig) -> None:
+    """Without lockstep nothing may meet ranks of other groups in the middle of a step."""
+    if config.step_plan.lockstep:
+        return
+    if degrees.pp > 1:
+        raise ConfigError(
+            f"step_plan.lockstep=false does not work with parallel.pp={degrees.pp}, whose stages exchange "
+            "every microbatch; set step_plan.lockstep=true, or parallel.pp=1"
+        )
+    if config.parallel.reshard_after_forward is not False:
+        raise ConfigError(
+            "step_plan.lockstep=false keeps parameters gathered for a whole step; set "
+            "parallel.reshard_after_forward=auto or false, not "
+            f"{str(config.parallel.reshard_after_forward).lower()}, or step_plan.lockstep=true"
         )

@@ -60,10 +60,12 @@ def token_cost(model: ModelConfig) -> float:
 
 
 def resolve_pipeline(config: Config) -> Config:
-    """`parallel.reshard_after_forward: auto`: a pipeline keeps parameters gathered for a whole step."""
+    """`parallel.reshard_after_forward: auto`: kept gathered for a step by pipelines and without lockstep."""
     if config.parallel.reshard_after_forward != "auto":
         return config
-    kept = replace(config.parallel, reshard_after_forward=config.parallel.pp == 1)
+    kept = replace(
+        config.parallel, reshard_after_forward=config.parallel.pp == 1 and config.step_plan.lockstep
+    )
     return replace(config, parallel=kept)
 
 

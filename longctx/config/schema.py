@@ -204,6 +204,9 @@ class StepPlanConfig:
     """Processes of one node, inside which heads are exchanged; 0: as they were started."""
     effort: float = 1.0
     """Scales the number of candidates that the planner tries."""
+    lockstep: bool = True
+    """Every rank runs every microbatch. false: only those in which its group has tokens, so groups wait for
+    each other once a step; parameters stay gathered for the whole step (memory of ZeRO-2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

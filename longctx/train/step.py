@@ -81,7 +81,8 @@ def backward(
 ) -> torch.Tensor:
     """Gradients of the step's mean loss in `.grad`, on every rank's shards.
 
-    Every rank runs every microbatch, also one in which it holds no token, so that collectives match.
+    With lockstep every rank runs every microbatch, also one in which it holds no token, so that
+    collectives match.
 
     Args:
         run: the run.
@@ -94,7 +95,9 @@ def backward(
         sums, over all data ranks.
     """
     losses = Losses(run, tally)
-    if run.pipeline is None:
+    if not run.config.step_plan.lockstep:
+        _at_own_pace(run, microbatches, losses)
+    elif run.pipeline is None:
         for index, batch in enumerate(microbatches):
             fsdp.set_gradient_sync(run.model, index == len(microbatches) - 1)
             run.pulse("forward")
@@ -108,6 +111,22 @@ def backward(
         run.pipeline.backward(run.model, work, len(microbatches))
     sums = torch.cat((losses.sums, losses.sums.new_tensor(extra), losses.labelled))
     return grads.normalize_(run.model.parameters(), mesh=run.mesh, sums=sums, replicas=run.replicas)
+
+
+def _at_own_pace(run: Run, microbatches: list[PackedBatch], losses: Losses) -> None:
+    """Only the microbatches in which this rank's group has tokens.
+
+    In between only ranks of one group meet, in the order of the plan. A gather or a reduction of all
+    ranks there would wait for ranks that wait for this one: parameters are gathered before, and a
+    microbatch without tokens reduces the gradients, on every rank, after.
+    """
+    fsdp.gather(run.model)
+    own = [batch for batch in microbatches if batch.num_tokens]
+    for batch in (*own, PackedBatch.empty()):
+        fsdp.set_last_backward(run.model, not batch.num_tokens)
+        logits, local, layout = run.forward(batch, training=True)
+        losses.add(logits, local, batch, layout).backward()
+    fsdp.reshard(run.model)
 
 
 def evaluate(run: Run) -> dict[str, float]:

@@ -87,6 +87,73 @@ def test_gradients_of_any_two_plans_equal_one_process(base, reference, name):
     assert_members_call_alike(results, PARTITIONS[name])
 
 
+FREE = "step_plan.lockstep=false"
+
+
+def uneven(lengths: list[int]) -> StepPlan:
+    """Four microbatches in which ranks 0 to 3 have pieces in 2, 2, 3 and 3."""
+    third = len(lengths) // 3
+    parts = [list(range(n * third, (n + 1) * third)) for n in range(3)]
+    parts[2] = list(range(2 * third, len(lengths)))
+    halves = parts[1][::2], parts[1][1::2]
+    shapes = [
+        [(4, parts[0])],
+        [(2, []), (1, halves[0]), (1, [])],
+        [(2, parts[2][::2]), (1, []), (1, halves[1])],
+        [(2, []), (2, parts[2][1::2])],
+    ]
+    microbatches = []
+    for shape in shapes:
+        firsts = [sum(degree for degree, _ in shape[:i]) for i in range(len(shape))]
+        groups = [Group(d, first, tuple(own)) for (d, own), first in zip(shape, firsts, strict=True)]
+        microbatches.append(tuple(groups))
+    return StepPlan(microbatches=tuple(microbatches), time_ms=1.0, lower_bound_ms=1.0)
+
+
+def free_step(rank: int, size: int, base, name: str, case: tuple):
+    """`one_plan` of a plan whose ranks have different numbers of microbatches, and how many forwards ran."""
+    from longctx.build import Run, build
+    from longctx.train.step import backward
+    from parallel import grads
+
+    layout, extra = case
+    run = build(
+        make_config(base, name, size=size, layout=layout, extra=extra), make_world(base / name, rank, size)
+    )
+    batches = run.loader.batches(0, uneven(run.loader.lengths(0)))
+    forwards, plain = [0], Run.forward
+
+    def counted(self, batch, **options):
+        forwards[0] += batch.num_tokens > 0
+        return plain(self, batch, **options)
+
+    Run.forward = counted
+    try:
+        for _ in range(2):  # the second must not use what the first has gathered
+            run.optimizer.zero_grad()
+            sums = backward(run, batches).tolist()
+    finally:
+        Run.forward = plain
+    found = {key: p.grad.full_tensor() for key, p in run.model.named_parameters()}
+    norm = float(grads.clip_(run.model.parameters(), 0.0, mesh=run.mesh))
+    run.close()
+    return sums, found, norm, forwards[0]
+
+
+@pytest.mark.parametrize(
+    "layout", [{"dp_shard": 4}, pytest.param({"dp_shard": 4, "tp": 2}, marks=pytest.mark.slow)], ids=str
+)
+def test_ranks_with_different_numbers_of_microbatches_have_the_gradients_of_one_process(base, layout):
+    extra, label = (*MIXED, "train.dtype=float64"), "-".join(layout)
+    expected = run_plan(base, f"one-free-{label}", {}, extra)[0][:3]
+    (base / f"free-{label}").mkdir()
+    size, tp = 4 * layout.get("tp", 1), layout.get("tp", 1)
+    case = (layout, (*extra, *ADAPTIVE, FREE))
+    results = run_ranks(free_step, size, base, f"free-{label}", case, init=False)
+    assert [result[3] for result in results[::tp]] == [2 * n for n in (2, 2, 3, 3)]
+    assert_equal_to_one([result[:3] for result in results], expected, "float64")
+
+
 @pytest.mark.parametrize("name", ["2-1-1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("4", "2-2"))])
 def test_gradients_of_a_plan_with_tensor_parallelism(base, name):
     extra = (*MIXED, "train.dtype=float64")
@@ -143,6 +210,29 @@ def test_a_run_with_planned_groups_has_the_losses_of_one_process_and_says_its_pl
         assert row["plan_groups"] >= 1
         assert row["plan_predicted_ms"] > 0
         assert row["max_document_tokens"] > 256  # longer than one rank holds
+
+
+def test_a_run_without_lockstep_has_the_losses_of_one_process(base):
+    extra = (*MIXED, "train.dtype=float64", "train.steps=3", "train.eval_every=2")
+    expected = rows_of(base, "pace-one", {}, extra)
+    found = rows_of(base, "pace-free", {"dp_shard": 4}, (*extra, *ADAPTIVE, FREE))
+    for key in ("loss", "held_out_loss", "grad_norm"):
+        want = [row[key] for row in expected if key in row]
+        assert [row[key] for row in found if key in row] == pytest.approx(want, rel=1e-10), key
+
+
+@pytest.mark.parametrize(
+    ("layout", "extra", "words"),
+    [
+        ({"pp": 2}, (), "does not work with parallel.pp=2.*set step_plan.lockstep=true"),
+        ({"dp_shard": 2}, ("parallel.reshard_after_forward=true",), "auto or false, not true"),
+    ],
+)
+def test_own_pace_is_refused_where_ranks_meet_in_the_middle_of_a_step(base, layout, extra, words):
+    from longctx.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=words):
+        make_config(base, "none", size=2, layout=layout, extra=(*MIXED, FREE, *extra))
 
 
 def test_a_planned_run_resumes_in_another_world_with_the_losses_of_the_uninterrupted_one(base):
