@@ -1,5 +1,6 @@
 """Host memory that replicated states need, asked for before the first step."""
 
+import os
 from pathlib import Path
 
 from ..build import Run
@@ -29,6 +30,15 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def usage() -> dict[str, int]:
+    """Open descriptors and resident memory of this process; zeros where the system does not say."""
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return {"descriptor": len(os.listdir("/proc/self/fd")), "rss_mib": resident // 2**20}
+    except OSError:
+        return {"descriptor": 0, "rss_mib": 0}
 
 
 def check_memory(run: Run, config: RecoveryConfig, *, local_ranks: int) -> None:

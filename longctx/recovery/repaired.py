@@ -24,10 +24,13 @@ from .fence import Fence
 from .generations import DamagedError
 from .keeper import Keeper
 from .members import Restored, Row
-from .memory import check_memory
+from .memory import check_memory, usage
 from .placement import Agreement, Inventory, agree, missing, shifts, twins
 from .replicate import Memory, Replication
 from .twins import compare_twins
+
+SAID = ("pid", "descriptor", "rss_mib")
+"""What the event of a recovery lists of every rank; who stays must not grow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,7 @@ class Repaired:
         self.pulse("join")
         self._joined = time.time()
         self._form = self._channel.join(
-            self._memory.inventory() | {"reached": self._reached, "pid": os.getpid()}
+            self._memory.inventory() | {"reached": self._reached, "pid": os.getpid()} | usage()
         )
         self._formed = time.time()
         self._inventories = [Inventory.of(state) for state in self._form["ranks"]]
@@ -233,7 +236,7 @@ class Repaired:
         return {
             "epoch": self._form["epoch"],
             "lost": lost,
-            "pids": [state["pid"] for state in self._form["ranks"]],
+            **{f"{name}s": [state[name] for state in self._form["ranks"]] for name in SAID},
             "step": step,
             "steps_redone": max(state["reached"] for state in self._form["ranks"]) - step,
             "detect_s": noticed and round(max(0.0, noticed - since), 4),

@@ -5,6 +5,7 @@ kind and layout, phase and layout occurs. `make test` runs two of the layouts, `
 """
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -75,6 +76,47 @@ def test_several_at_once_rank_0_among_them_and_one_during_the_recovery(tmp_path)
     assert rows(folder) == rows(expected) and state(folder) == state(expected)
     assert events(folder, "mismatch") == []
     assert_survivors_stayed(folder, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_twenty_kills_leave_no_descriptor_and_no_memory_behind(tmp_path):
+    expected = reference(tmp_path, "fsdp4", "train.steps=90")
+    strikes = [f"{4 * (k + 1)}:{1 + k % 3}:{PHASES[k % len(PHASES)]}" for k in range(20)]
+    code, words, folder = rehearse(tmp_path, "fsdp4", strikes, "train.steps=90", timeout=390)
+    assert code == 0, words
+    assert rows(folder) == rows(expected) and state(folder) == state(expected)
+    found = events(folder, "recovered")
+    stayed = [(event["descriptors"][0], event["rss_mibs"][0]) for event in found]  # rank 0 is never killed
+    assert len({event["pids"][0] for event in found}) == 1 and len(found) >= 18
+    assert max(d for d, _ in stayed[5:]) <= max(d for d, _ in stayed[:5]) + 4, stayed
+    assert max(m for _, m in stayed[5:]) <= max(m for _, m in stayed[:5]) + 48, stayed
+
+
+@pytest.mark.timeout(150)
+def test_two_nodes_find_each_other_and_replace_a_rank_on_either(tmp_path):
+    from longctx.recovery.faults import Fault, write_plan
+
+    expected, folder = reference(tmp_path, "fsdp4", "train.steps=24"), tmp_path / "nodes"
+    faults = [Fault(step=10, rank=3, phase="backward"), Fault(step=17, rank=0, phase="optimizer")]
+    write_plan(faults, folder / "chaos" / "plan.json")
+    options = [*overrides(tmp_path, "nodes", layout={"dp_shard": 4}), *COMMON, "train.steps=24"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        line = ["--nnodes=2", "--nproc-per-node=2", f"--rdzv-conf=is_host={'false' if node else 'true'}"]
+        line += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+        job = ["-m", "longctx", "chaos", "recipes/quickstart.yaml", "--yes", *options]
+        command = [sys.executable, "-m", "torch.distributed.run", *line, *job]
+        words = (tmp_path / f"node{node}.log").open("w")
+        nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=words, stderr=words))
+    codes = [node.wait(timeout=140) for node in nodes]
+    assert codes == [0, 0], [(tmp_path / f"node{node}.log").read_text() for node in range(2)]
+    assert rows(folder) == rows(expected) and state(folder) == state(expected)
+    assert [event["lost"][0]["rank"] for event in events(folder, "recovered")] == [3, 0]
+    assert left_over(folder) == []
 
 
 @pytest.mark.timeout(120)
