@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from .arguments import make_parser, parse
 from .folder import check_unused
 from .machine import choose_local
 from .start import launcher, under_torchrun
-from .supervise import become_supervisor, repairs
+from .supervise import become_supervisor
 
 FOLDER = "chaos"
 PLAN = "plan.json"
@@ -29,11 +30,11 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(loaded.config.run.dir)
     plan = folder / FOLDER / PLAN
     if under_torchrun():
-        if not repairs(loaded.config):
-            raise ConfigError("chaos needs more than one process and recovery.mode other than off")
+        _check(loaded, int(os.environ["WORLD_SIZE"]))
         _confirm(options)
         become_supervisor(loaded, ["--faults", str(plan)])
     check_unused(folder, resume=loaded.config.run.resume)
+    _check(loaded, choose_local(loaded.config).processes)
     _write_plan(loaded, options, plan)
     code = subprocess.call(
         [sys.executable, "-m", "launch", *launcher("chaos", loaded, folder=folder, options=["--yes"])]
@@ -83,6 +84,8 @@ def _write_plan(loaded: LoadedConfig, options: argparse.Namespace, path: Path) -
         fault.check(size)
     if not faults:
         raise ConfigError("nothing to rehearse; add --strike STEP:RANK:PHASE[:KIND] or --random N")
+    for mark in path.parent.glob("struck-*.json"):
+        mark.unlink()
     write_plan(faults, path)
 
 
@@ -97,6 +100,14 @@ def _fault(text: str) -> Any:
         raise ConfigError(
             f"--strike {text} is not STEP:RANK:PHASE[:KIND], for example 3:1:backward:kill"
         ) from error
+
+
+def _check(loaded: LoadedConfig, size: int) -> None:
+    if size == 1 or loaded.config.recovery.mode == "off":
+        raise ConfigError(
+            f"a rehearsal on {size} processes with recovery.mode={loaded.config.recovery.mode} would only end the "
+            "run; set run.processes to at least 2 and recovery.mode=replicate"
+        )
 
 
 def _confirm(options: argparse.Namespace) -> None:

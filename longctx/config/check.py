@@ -115,6 +115,16 @@ def _fill(config: Config, device_type: Literal["cpu", "cuda"]) -> Config:
 
 
 _LOWEST = {
+    "recovery.every": 1,
+    "recovery.replicas": 1,
+    "recovery.compare_every": 0,
+    "recovery.spares": 0,
+    "recovery.heartbeat_s": 1,
+    "recovery.hang_s": 1,
+    "recovery.connect_s": 1,
+    "recovery.max_failures": 0,
+    "train.spike_z": 0,
+    "train.max_spikes": 0,
     "train.steps": 1,
     "curriculum.cycles": 1,
     "curriculum.reweight_every": 0,
@@ -150,6 +160,8 @@ def check_values(config: Config) -> None:
     for name in _UP_TO_ONE:
         if not 0 <= value_of(config, name) <= 1:
             raise ConfigError(f"{name}={value_of(config, name)}; choose a fraction from 0 to 1")
+    if any(batch < 0 for batch in config.train.skip_batches):
+        raise ConfigError(f"train.skip_batches={config.train.skip_batches}; batches are counted from 0")
     if config.checkpoint.codec == "zstd" and find_spec("zstandard") is None:
         raise ConfigError(
             "checkpoint.codec=zstd needs the package zstandard; install longctx-runtime[zstd], or set "
