@@ -105,8 +105,8 @@ def _fault(text: str) -> Any:
 def _check(loaded: LoadedConfig, size: int) -> None:
     if size == 1 or loaded.config.recovery.mode == "off":
         raise ConfigError(
-            f"a rehearsal on {size} processes with recovery.mode={loaded.config.recovery.mode} would only end "
-            "the run; set run.processes to at least 2 and recovery.mode=replicate"
+            f"a rehearsal on {size} processes with recovery.mode={loaded.config.recovery.mode} would only "
+            "end the run; set run.processes to at least 2 and recovery.mode=replicate"
         )
 
 
