@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,20 @@ def run(argv: Sequence[str]) -> int:
     found = report(folder)
     print(json.dumps(found) if options.json else _text(found))
     return code
+
+
+def _run(command: list[str]) -> int:
+    """Run the launcher, which gets the signals that this process gets."""
+    with subprocess.Popen(command) as launched:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: launched.send_signal(number))
+        try:
+            while True:
+                try:
+                    return launched.wait()
+                except KeyboardInterrupt:
+                    continue  # the terminal has told the launcher too
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def report(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,21 +63,35 @@ def reference(base: Path, layout: str, *extra: str) -> Path:
     return base / name
 
 
-def rehearse(base: Path, layout: str, strikes, *extra: str, name: str = "rehearsal", timeout=110):
+def rehearse(base: Path, layout: str, strikes, *extra: str, name: str = "rehearsal", timeout=170):
     """Run `longctx chaos`; returns its exit code, its words, and the run folder."""
     degrees, own = LAYOUTS[layout]
     options = [f"--strike={strike}" for strike in strikes]
     values = [*overrides(base, name, layout=degrees), *COMMON, *own, *extra, f"run.processes={SIZE}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "longctx", "chaos", "recipes/quickstart.yaml", *values, *options],
+    code, words = run_whole(
+        [sys.executable, "-m", "longctx", "chaos", "recipes/quickstart.yaml", *values, *options], timeout
+    )
+    return code, words, base / name
+
+
+def run_whole(command: list[str], timeout: float) -> tuple[int, str]:
+    """Exit code and words of a command; on a timeout its whole session is killed, and its words are told."""
+    process = subprocess.Popen(
+        command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    return done.returncode, done.stdout, base / name
+    try:
+        words, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        words, _ = process.communicate(timeout=30)
+        raise AssertionError(f"no end within {timeout} s; its words:\n{words}") from None
+    return process.returncode, words
 
 
 def rows(folder: Path) -> list[list]:
