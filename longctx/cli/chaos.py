@@ -37,9 +37,8 @@ def run(argv: Sequence[str]) -> int:
     check_unused(folder, resume=loaded.config.run.resume)
     _check(loaded, choose_local(loaded.config).processes)
     _write_plan(loaded, options, plan)
-    code = subprocess.call(
-        [sys.executable, "-m", "launch", *launcher("chaos", loaded, folder=folder, options=["--yes"])]
-    )
+    arguments = launcher("chaos", loaded, folder=folder, options=["--yes"])
+    code = _run([sys.executable, "-m", "launch", *arguments])
     found = report(folder)
     print(json.dumps(found) if options.json else _text(found))
     return code
