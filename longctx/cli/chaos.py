@@ -37,8 +37,8 @@ def run(argv: Sequence[str]) -> int:
     check_unused(folder, resume=loaded.config.run.resume)
     _check(loaded, choose_local(loaded.config).processes)
     _write_plan(loaded, options, plan)
-    arguments = launcher("chaos", loaded, folder=folder, options=["--yes"])
-    code = _run([sys.executable, "-m", "launch", *arguments])
+    launch = launcher("chaos", loaded, folder=folder, options=["--yes"])
+    code = _run([sys.executable, "-m", "launch", *launch])
     found = report(folder)
     print(json.dumps(found) if options.json else _text(found))
     return code

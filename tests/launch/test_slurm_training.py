@@ -19,10 +19,11 @@ EXTRA = ("train.steps=40", "train.eval_every=0", "data.held_out=0")
 
 
 def train_rank(rank, size, base):
+    from longctx.recovery.members import Fixed
     from longctx.train.loop import train
 
     config = make_config(base, "whole", size=size, layout=LAYOUT, extra=EXTRA)
-    return train(config, make_world(base, rank, size))
+    return train(config, Fixed(make_world(base, rank, size)))
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ def test_the_chat_template_of_a_model_is_used(tmp_path, capsys):
 
 
 def train_rank(rank: int, size: int, base, extra) -> int:
-    return train(make_config(base, "run", size=size, extra=extra), make_world(base / "run", rank, size))
+    return train(
+        make_config(base, "run", size=size, extra=extra), Fixed(make_world(base / "run", rank, size))
+    )
 
 
 @pytest.fixture(scope="module")
