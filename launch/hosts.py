@@ -7,18 +7,20 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .errors import SpecError
 from .load import Loaded
 from .local import say
-from .protocol import DONE
+from .protocol import DONE, read_status
 from .quote import check_name, exports, quote, words
 from .sites import Site
 from .spec import Job
 
 POLL_S = 0.2
+PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,27 +93,44 @@ def choose_port(site: Site) -> int:
 
 
 def over_ssh(loaded: Loaded, jobs: list[Line]) -> int:
-    """Start every line through `site.ssh`, pass a stop on, return the first bad exit code.
+    """Start every line through `site.ssh`, pass a stop on, return the job's exit code.
 
-    The first host that ends badly ends the others after half a minute.
+    A host that ends badly ends the others after half a minute, unless the job goes on with fewer
+    (`restart.min_nodes`); then the first host, which all others need, decides.
     """
+    status = Path(loaded.job.folder, "status.json")
+    status.unlink(missing_ok=True)
     running = {each.host: _remote(loaded.site, each) for each in jobs}
     stop = _pass_on(running)
-    code, ended_at = DONE, 0.0
     try:
-        while any(process.poll() is None for process in running.values()):
-            for host, process in running.items():
-                if process.poll() not in (None, 0) and not ended_at:
-                    code, ended_at = int(process.returncode), time.monotonic()
-                    say(f"{host} ended with {code}")
-            if ended_at and time.monotonic() - ended_at > 30:
-                for process in running.values():
-                    process.terminate()
-            time.sleep(POLL_S)
+        code = _wait(running, elastic=loaded.job.restart.min_nodes > 0)
     finally:
         for number, handler in stop.items():
             signal.signal(number, handler)
-    return code or next((process.returncode for process in running.values() if process.returncode), DONE)
+    said = read_status(status)
+    return said.exit_code if said and (said.exit_code or code == DONE) else code
+
+
+def _wait(running: "dict[str, subprocess.Popen[bytes]]", *, elastic: bool) -> int:
+    """The exit code of the first host to end badly; of the first host where others may be lost."""
+    ended: dict[str, float] = {}
+    while any(process.poll() is None for process in running.values()):
+        for host, process in running.items():
+            if process.poll() not in (None, DONE) and host not in ended:
+                ended[host] = time.monotonic()
+                say(f"{host} ended with {_code(process)}")
+        if ended and not elastic and time.monotonic() - min(ended.values()) > PATIENCE_S:
+            for process in running.values():
+                process.terminate()
+        time.sleep(POLL_S)
+    if elastic:
+        return _code(next(iter(running.values())))
+    codes = [_code(running[host]) for host in ended] or [_code(each) for each in running.values()]
+    return next((code for code in codes if code), DONE)
+
+
+def _code(process: "subprocess.Popen[bytes]") -> int:
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def _remote(site: Site, line: Line) -> "subprocess.Popen[bytes]":

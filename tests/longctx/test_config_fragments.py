@@ -10,7 +10,9 @@ from longctx.config.load import load
 from longctx.config.memory import total_params
 
 MODELS = sorted((CLONE_CONFIGS / "model").glob("*.yaml"))
-FILES = sorted(CLONE_CONFIGS.rglob("*.yaml"))
+FILES = sorted(
+    path for path in CLONE_CONFIGS.rglob("*.yaml") if path.parent.name != "cluster"
+)  # sites: launch
 # Published sizes in units of 1e9 parameters, embeddings included.
 PUBLISHED = {
     "llama2-7b": 6.74, "llama2-13b": 13.02, "llama2-70b": 68.98,
