@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -106,18 +106,17 @@ def _fill_all(index: TensorIndex, tensors: Mapping[str, Tensor]) -> None:
     shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
     names = iter(list(shards))  # all threads take from it; a future each costs more than a small read
 
-    def work(_: int) -> None:
+    def work() -> None:
         for name in names:
-            try:
-                fill(index, name, shards[name])
-            except BaseException:
-                deque(names, maxlen=0)  # the other threads find none left
-                raise
+            fill(index, name, shards[name])
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, range(threads)):
-            pass  # an error of any thread is raised here
+        try:
+            for done in as_completed([pool.submit(work) for _ in range(threads)]):
+                done.result()
+        finally:
+            deque(names, maxlen=0)  # after an error or Ctrl-C the other threads find none left
 
 
 def _open(path: Where, run: Run) -> tuple[Opened, dict[str, Any]]:
