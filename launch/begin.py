@@ -1,5 +1,6 @@
 """The start of an attempt: which nodes take part, in which order, and whether to start at all."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from . import attempts, preflight
 from .errors import LaunchError, PreflightError
 from .preflight import Answer
 from .protocol import NO_PROGRESS
+from .submit import RECORD
 from .topology import order, picture, rank_map
 
 
@@ -74,12 +76,30 @@ def begin(start: Start) -> list[str]:
         raise PreflightError("\n".join([*lines, _too_few(start, good, bad)]))
     addresses = {node: str(answer.facts.get("topology", "")) for node, answer in answers.items()}
     chosen = order(good, source=start.topology, addresses=addresses)[: start.nodes]
+    if chosen[0] in answers and not answers[chosen[0]].facts.get("port_free", True):
+        raise PreflightError(
+            f"preflight: the port of the rendezvous is taken on {chosen[0]}, the first node; submit again, "
+            "or set site.network.port_first to a range that nobody else uses"
+        )
+    lines += _strange_versions(start, answers)
     start.scratch.mkdir(parents=True, exist_ok=True)
     (start.scratch / "hosts").write_text("".join(f"{node}\n" for node in chosen), encoding="utf-8")
     (start.folder / "launch" / "ranks.svg").write_text(picture(chosen, start.processes), encoding="utf-8")
     record = attempts.Attempt(attempt=start.attempt, time=time.time(), later=start.later, progress=now)
     attempts.append(start.folder, record)
     return [*lines, *rank_map(chosen, start.processes)]
+
+
+def _strange_versions(start: Start, answers: Mapping[str, Answer]) -> list[str]:
+    """How the nodes, or the image on them, differ from where the job was submitted."""
+    path = start.folder / RECORD
+    submitted = json.loads(path.read_text(encoding="utf-8")).get("versions", {}) if path.exists() else {}
+    usual = common_versions(list(answers.values()))
+    return [
+        f"preflight: {name} is {value} on the nodes and {submitted[name]} where the job was submitted"
+        for name, value in usual.items()
+        if submitted.get(name, value) != value
+    ]
 
 
 def _too_few(start: Start, good: list[str], bad: Mapping[str, str]) -> str:

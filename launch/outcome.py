@@ -70,7 +70,8 @@ def _explain(end: End, code: int) -> list[str]:
     """The cause, its node and its traceback, in the place of everybody's echo."""
     cause = find_cause(end)
     if cause is None:
-        return [f"error: the step ended with {end.code}, and no rank said why; see {end.scratch}"]
+        unsaid = f"error: the step ended with {end.code}, and no rank said why; see {end.scratch}"
+        return [_did_not_meet(end) or unsaid]
     hosts = _hosts(end.scratch)
     node = cause.rank // end.processes
     where = f" on {hosts[node]}" if node < len(hosts) else ""
@@ -79,6 +80,19 @@ def _explain(end: End, code: int) -> list[str]:
     if log is None:
         return lines
     return [*lines, *traceback_of(log), f"its whole output: {log}"]
+
+
+def _did_not_meet(end: End) -> str:
+    """Which nodes are missing where torchrun gave up waiting; empty: it did not."""
+    reports = {path.parent.name: _text(path) for path in end.scratch.glob("node-*/torchrun.log")}
+    waited = [name for name, report in reports.items() if "RendezvousTimeout" in report]
+    if not waited:
+        return ""
+    silent = [host for index, host in enumerate(_hosts(end.scratch)) if f"node-{index}" not in reports]
+    who = f"{', '.join(silent)} never started" if silent else f"{', '.join(sorted(waited))} waited in vain"
+    return (
+        f"error: the nodes did not meet within site.network.timeout: {who}; are the ports open between them?"
+    )
 
 
 def find_cause(end: End) -> Cause | None:

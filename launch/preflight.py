@@ -10,11 +10,12 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .local import port_problem
 
 PACKAGES = ("torch", "longctx-runtime", "numpy", "flash-attn")
 SHM = Path("/dev/shm")
@@ -37,6 +38,10 @@ class Demands:
     """Most seconds between this clock and the file system's."""
     devices: int = 0
     """Accelerators."""
+    port: int = 0
+    """Port of the rendezvous; 0: none is asked about."""
+    names: tuple[str, ...] = ()
+    """Names of other nodes that must resolve here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,13 +143,21 @@ def _clock(demands: Demands, facts: dict[str, Any]) -> str | None:
 
 
 def _names(demands: Demands, facts: dict[str, Any]) -> str | None:
-    """What the own name resolves to. Loopback is a trap for torchrun that the launcher avoids."""
+    """What names resolve to. A loopback address for the own one is a trap that the launcher avoids."""
     name = facts["hostname"] = socket.gethostname()
-    try:
-        facts["address"] = socket.gethostbyname(name)
-    except OSError:
-        facts["address"] = ""
+    facts["address"] = _resolved(name)
+    facts["port_free"] = port_problem(demands.port) is None
+    strange = [each for each in demands.names if not _resolved(each)]
+    if strange:
+        return f"the name {strange[0]} does not resolve here; set site.network.address=slurm"
     return None
+
+
+def _resolved(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return ""
 
 
 def _devices(demands: Demands, facts: dict[str, Any]) -> str | None:
@@ -181,6 +194,3 @@ def _xid(log: str) -> str | None:
         line.partition("): ")[2].partition(",")[0].strip() for line in log.splitlines() if "NVRM: Xid" in line
     )
     return next((number for number in found if number in _BAD_XID), None)
-
-
-Check = Callable[[Demands, dict[str, Any]], str | None]

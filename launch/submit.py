@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LaunchError, PreflightError, SpecError
+from .preflight import versions
 from .spec import Job
 
 SCRIPT, RECORD = "launch/job.sbatch", "launch/job.json"
@@ -31,10 +32,8 @@ def submit(job: Job, script: str) -> list[str]:
     path.write_text(script, encoding="utf-8")
     links = job.restart.links if job.restart.mode == "chain" else 1
     ids = [_sbatch(path, {"LAUNCH_LINK": str(link)} if links > 1 else {}) for link in range(links)]
-    record(
-        Path(job.folder),
-        {"backend": "slurm", "ids": ids, "processes": job.processes, "mode": job.restart.mode},
-    )
+    content = {"backend": "slurm", "ids": ids, "processes": job.processes, "versions": versions()}
+    record(Path(job.folder), content)
     return ids
 
 

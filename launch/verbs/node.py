@@ -20,14 +20,14 @@ def preflight(argv: Sequence[str]) -> int:
     """Examine this node and write the answer."""
     parser = argparse.ArgumentParser(prog="launch preflight")
     parser.add_argument("--out", type=Path, required=True)
-    for name in ("disk", "shm", "devices"):
+    parser.add_argument("--names", default="")
+    for name in ("disk", "shm", "devices", "port"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--clock", type=float, default=5.0)
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    demands = checking.Demands(
-        folder=options.out, disk=options.disk, shm=options.shm, clock=options.clock, devices=options.devices
-    )
+    values = {name: getattr(options, name) for name in ("disk", "shm", "clock", "devices", "port")}
+    demands = checking.Demands(folder=options.out, names=tuple(options.names.split()), **values)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     answer = checking.examine(demands, node)
     checking.write(answer, options.out)

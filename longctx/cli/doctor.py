@@ -1,6 +1,8 @@
 """`longctx doctor`: what this machine has, and whether it computes what one process computes."""
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
         from .selftest import selftest
 
         return selftest(options)
-    found = machine()
+    found = machine() | {"host": host()}
     print(
         json.dumps(found) if options.json else "\n".join(f"{key:<12} {_words(v)}" for key, v in found.items())
     )
@@ -53,6 +55,14 @@ def _options(argv: Sequence[str]) -> Namespace:
         help="corpus, logs and results of the self-test; the same folder again continues a test cut short",
     )
     return parser.parse_args(list(argv))
+
+
+def host() -> dict[str, Any]:
+    """What the launcher finds out about this machine without torch: disks, clock, names, GPUs' health."""
+    command = [sys.executable, "-m", "launch", "doctor", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    answer = json.loads(done.stdout)
+    return dict(answer["facts"]) | {"problems": answer["problems"]}
 
 
 def machine() -> dict[str, Any]:
@@ -85,6 +95,8 @@ def machine() -> dict[str, Any]:
 
 
 def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items() if key != "versions")
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "no GPU"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -10,6 +10,7 @@ import pytest
 from ranks import run_ranks
 from tiny import make_config, make_world, overrides, write_corpus
 
+from launch.__main__ import main
 from launch.outcome import rank_log
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def check_equal(run, whole):
 
 @pytest.mark.timeout(240)
 def test_usr1_saves_requeues_and_the_resumed_run_is_the_same_run(slurm, launch, tmp_path):
-    job_id, run = launch("metrics.wandb=offline"), tmp_path / "run"
+    job_id, run = launch("metrics.wandb=offline", "recovery.mode=off"), tmp_path / "run"
     slurm.wait(lambda: len(rows(run)) >= 3, 120)
     slurm.run("scancel", "--signal=USR1", job_id)
     assert run_ranks(train_rank, 2, tmp_path, init=False) == [0, 0]
@@ -85,9 +86,14 @@ def test_usr1_saves_requeues_and_the_resumed_run_is_the_same_run(slurm, launch, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_lost_node_requeues_and_the_resumed_run_is_the_same_run(slurm, launch, tmp_path):
+def test_a_lost_node_requeues_and_the_run_goes_on_as_one(slurm, launch, tmp_path, monkeypatch, capsys):
     job_id, run = launch("checkpoint.every=5", options=["--set=nodes=2"]), tmp_path / "run"
     slurm.wait(lambda: len(rows(run)) >= 7, 120)
+    for name, value in slurm.env.items():
+        monkeypatch.setenv(name, value)
+    assert main(["hang", str(run), "--world=2"]) == 0
+    places = capsys.readouterr().out.splitlines()
+    assert len(places) == 3 and places[0].startswith("rank 0: ") and ".py:" in places[1]
     node = (run / "launch" / f"{job_id}.0" / "hosts").read_text().split()[1]
     slurm.kill_node(node)
     slurm.wait(lambda: slurm.job(job_id)["JobState"] != "RUNNING", 60)

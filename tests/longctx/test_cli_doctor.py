@@ -24,6 +24,7 @@ def test_the_machine_in_words_and_as_json(capsys):
     assert run(["--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"python", "torch", "cpu", "devices", "nccl", "gloo"} <= found.keys()
+    assert found["host"]["problems"] == [] and found["host"]["shm_bytes"] > 0
     assert run([]) == 0
     text = capsys.readouterr().out
     assert f"torch        {found['torch']}" in text
