@@ -39,7 +39,7 @@ from longctx.recovery.faults import Fault, write_plan
 SIZE = 4
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "keep", "replicate")
 RUN = (
-    "train.global_batch_tokens=8192",
+    "train.global_batch_tokens=2048",
     "train.eval_every=0",
     "train.eval_tokens=1024",
     "metrics.log_every=1",
@@ -63,7 +63,7 @@ def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--kills", type=int, default=50, help="random kills")
     flags.add_argument(
-        "--spacing", type=int, default=90, help="steps between kills: time for a spare to warm"
+        "--spacing", type=int, default=70, help="steps between kills: time for a spare to warm"
     )
     args = flags.parse_args()
     kills, spacing = (2, 60) if args.quick else (args.kills, args.spacing)
