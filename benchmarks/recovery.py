@@ -66,7 +66,7 @@ def main() -> None:
         "--spacing", type=int, default=70, help="steps between kills: time for a spare to warm"
     )
     args = flags.parse_args()
-    kills, spacing = (2, 60) if args.quick else (args.kills, args.spacing)
+    kills, spacing = (1, 40) if args.quick else (args.kills, args.spacing)
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
         base = Path(folder)
         write_corpus(base / "docs", documents=400)
@@ -74,7 +74,7 @@ def main() -> None:
         figures |= overhead(
             base, rounds=2 if args.quick else 8, models=["tiny"] if args.quick else list(MODELS)
         )
-        figures |= restarted(base, 1 if args.quick else 3)
+        figures |= restarted(base, 0 if args.quick else 3)
     figures |= _recovery_torchft.figures(quick=args.quick)
     harness.report(__file__, figures, args)
 
