@@ -195,7 +195,9 @@ def restarted(base: Path, times: int) -> dict[str, Figure]:
         run.wait()
     return {
         "restart_s": Figure(
-            median(seconds), "s", "torchrun restarts all ranks, newest checkpoint (every 4 steps)"
+            median(seconds) if seconds else None,
+            "s",
+            "torchrun restarts all ranks, newest checkpoint (every 4 steps)",
         )
     }
 
