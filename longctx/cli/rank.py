@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..config.check import resolve
 from ..config.load import load
@@ -21,7 +22,7 @@ from ..protocol import BAD_INPUT, FAILED
 from ..pulse import Pulse
 from ..recovery.channel import Channel
 from .arguments import parse
-from .worker import device_type
+from .worker import answer_with_stacks, device_type
 
 PR_SET_PDEATHSIG = 1
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     told = channel.assignment()
     place = Place(**{name: told[name] for name in Place.__dataclass_fields__})
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank))
+    answer_with_stacks(Path(config.run.dir, "logs"), place.rank)
     memory = Memory()
     if arguments.options.faults:
         faults = Faults.read(arguments.options.faults, rank=place.rank)

@@ -30,7 +30,7 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
         The exit code of this rank.
     """
     rank = int(os.environ["RANK"])
-    _stacks(status.parent / "logs", rank)
+    answer_with_stacks(status.parent / "logs", rank)
     if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         status.unlink(missing_ok=True)  # what the workers said whom torchrun has replaced
     try:
@@ -49,7 +49,7 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
     return code
 
 
-def _stacks(folder: Path, rank: int) -> None:
+def answer_with_stacks(folder: Path, rank: int) -> None:
     """On SIGUSR2 this rank writes where it stands, for `longctx launch hang`; it goes on undisturbed."""
     folder.mkdir(parents=True, exist_ok=True)
     faulthandler.register(signal.SIGUSR2, (folder / f"stack_{rank}.txt").open("w"), all_threads=True)
