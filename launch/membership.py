@@ -129,7 +129,8 @@ class Membership:
 
     def _on_node_lost(self, message: Message, now: float) -> list[Message]:
         error = f"node {message['node']} is gone with all its ranks; torchrun decides about a restart"
-        return self._verdict({"exit_code": FAILED, "rank": message["first_rank"], "error": error})
+        end = {"exit_code": FAILED, "rank": message["first_rank"], "error": error}
+        return self._verdict(end | {"restart": True})
 
     def _next_epoch(self, loss: Message, now: float) -> list[Message]:
         rank = loss["rank"]
@@ -161,4 +162,6 @@ class Membership:
 
     def _verdict(self, end: Message) -> list[Message]:
         self._over = True
-        return [{"kind": "verdict"} | {key: end.get(key) for key in ("exit_code", "rank", "error")}]
+        return [
+            {"kind": "verdict"} | {key: end.get(key) for key in ("exit_code", "rank", "error", "restart")}
+        ]

@@ -269,7 +269,7 @@ class Supervisor:
 
     def _gone(self, error: str) -> Message:
         first = self._place.first_rank
-        return {"kind": "verdict", "exit_code": FAILED, "rank": first, "error": error}
+        return {"kind": "verdict", "exit_code": FAILED, "rank": first, "error": error, "restart": True}
 
     # Signals
 
@@ -290,7 +290,10 @@ class Supervisor:
         self._reap()
 
     def _conclude(self, verdict: Message) -> None:
-        """The job's last word, told once."""
+        """The job's last word, told once; none where torchrun may start it again."""
+        if verdict.get("restart"):
+            say(f"error: {verdict['error']}")
+            return
         status = Status(
             exit_code=int(verdict["exit_code"]), rank=int(verdict["rank"] or 0), error=verdict["error"] or ""
         )

@@ -11,12 +11,9 @@ from ..config.check import resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..protocol import BAD_INPUT, NO_PROGRESS, REQUEUE, write_status
+from ..protocol import BAD_INPUT, write_status
 from .folder import STATUS, check_unused
 from .machine import visible_gpus
-
-FINAL = (BAD_INPUT, REQUEUE, NO_PROGRESS)
-"""Ends of a job after which torchrun's `--max-restarts` must not start it again."""
 
 
 def repairs(config: Config) -> bool:
@@ -69,10 +66,9 @@ def _check(config: Config, folder: Path, *, first: bool) -> None:
 
 
 def _leave_if_over(folder: Path) -> None:
-    """After a restart by torchrun: a job that ended in good order, or for good, is not begun again."""
+    """After a restart by torchrun: a job that has said how it ended is not begun again."""
     try:
         code = int(json.loads((folder / STATUS).read_text())["exit_code"])
     except (OSError, ValueError, KeyError):
         return
-    if code in FINAL:
-        sys.exit(code)
+    sys.exit(code)

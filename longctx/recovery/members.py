@@ -36,6 +36,8 @@ class Members(Protocol):
     """This rank, the same in every world."""
     replaces: bool
     """Whether this process takes the place of one that was lost."""
+    restarted: bool
+    """Whether torchrun has started the job again."""
 
     def form(self, config: Config) -> World:
         """The next world; the run is built on it."""
@@ -79,6 +81,7 @@ class Fixed:
 
     def __init__(self, world: World) -> None:
         self._world, self.rank, self.pulse, self.replaces = world, world.rank, Pulse(), False
+        self.restarted = False
         self._shelf, self._remembers = Shelf(), False
         self._keeper = Keeper(self._shelf)
 

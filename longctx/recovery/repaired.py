@@ -58,6 +58,7 @@ class Repaired:
 
     def __init__(self, channel: Channel, pulse: Pulse, place: Place, memory: Memory) -> None:
         self.pulse, self.rank, self.replaces = pulse, place.rank, place.epoch > 0
+        self.restarted = place.attempt > 0
         self._channel, self._place = channel, place
         self._memory, self._fence = memory, Fence()
         self._form: dict[str, Any] = {}

@@ -16,7 +16,15 @@ from .. import checkpoint
 from ..build import Run, build
 from ..config.schema import Config
 from ..data.sources import open_data
-from ..errors import CheckpointError, ConfigError, DataError, NoProgress, ReplicasDiffer, TrainingDiverged
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NoProgress,
+    ReplicasDiffer,
+    StateLost,
+    TrainingDiverged,
+)
 from ..eval.evaluate import check as check_evaluation
 from ..eval.evaluate import evaluate as evaluate_by_position
 from ..eval.evaluate import figures
@@ -132,11 +140,7 @@ def _abandon(run: Run | None, session: Session | None, members: Members) -> None
 def _open(run: Run, members: Members, out: Outlets) -> Session:
     """Restore or resume, open the sinks, say what is about to happen."""
     restored = members.restore(run)
-    found = (
-        checkpoint.resume(run, checkpoint.checkpoints_folder(run))
-        if restored is None and run.config.run.resume
-        else None
-    )
+    found = _resumed(run, members, out) if restored is None and run.config.run.resume else None
     if restored is None and found is None and run.config.checkpoint.init_from:
         begin(run, run.config.checkpoint.init_from)
     session = Session(run=run, out=out, members=members, saver=checkpoint.Saver(run), saved=found)
@@ -149,6 +153,17 @@ def _open(run: Run, members: Members, out: Outlets) -> Session:
         out.folder.event("recovered", **restored.event)
         _finish_step(session, restored.row)
     return session
+
+
+def _resumed(run: Run, members: Members, out: Outlets) -> Path | str | None:
+    """Go on from the newest checkpoint; what has committed steps never begins anew unasked."""
+    found = checkpoint.resume(run, checkpoint.checkpoints_folder(run))
+    if found is None and members.restarted and out.folder.has_steps():
+        raise StateLost(
+            f"torchrun has started the run again, {out.folder.path} holds steps, and there is no checkpoint "
+            "to go back to; set checkpoint.every, and begin anew with another run.dir"
+        )
+    return found
 
 
 def _introduce(session: Session, found: Path | str | None) -> None:

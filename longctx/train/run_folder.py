@@ -40,6 +40,11 @@ class RunFolder:
         if self._rank == 0:
             write_text(self.path / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
 
+    def has_steps(self) -> bool:
+        """Whether a step has been committed here."""
+        path = self.path / METRICS
+        return path.exists() and path.stat().st_size > 0
+
     def _describe(self, config: Config) -> None:
         self.resolved(config)
         write_text(self.path / "cmd.txt", shlex.join(sys.orig_argv) + "\n")

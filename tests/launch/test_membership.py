@@ -117,6 +117,7 @@ def test_one_bad_end_is_the_jobs_end_even_if_the_others_hang():
         "exit_code": 2,
         "rank": 1,
         "error": "a token outside the vocabulary",
+        "restart": None,
     }
 
 
@@ -141,4 +142,4 @@ def test_without_progress_the_rank_furthest_behind_is_killed():
 def test_a_lost_node_is_left_to_torchrun():
     members = Membership(size=2)
     (verdict,) = members.handle({"kind": "node_lost", "node": 1, "first_rank": 1}, 1.0)
-    assert verdict["exit_code"] == FAILED and "node 1" in verdict["error"]
+    assert verdict["exit_code"] == FAILED and "node 1" in verdict["error"] and verdict["restart"]

@@ -186,3 +186,20 @@ def test_a_bug_that_comes_again_ends_the_run_with_65_and_its_words(tmp_path):
     assert code == 65, words
     assert "rank 1 failed 2 times in a row without a new step" in words and "InjectedError" in words
     assert left_over(folder) == []
+
+
+@pytest.mark.timeout(200)
+def test_a_restart_without_a_checkpoint_never_begins_anew_in_silence(tmp_path):
+    from longctx.recovery.faults import Fault, write_plan
+
+    write_corpus(tmp_path / "docs")
+    folder = tmp_path / "bare"
+    write_plan([Fault(step=6, rank=1, phase="forward", kind="supervisor")], folder / "chaos" / "plan.json")
+    options = [*overrides(tmp_path, "bare", layout={"dp_shard": 2}), *COMMON, "train.steps=12"]
+    line = ["--nnodes=1", "--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
+    line += ["--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=is_host=true", "--local-addr=127.0.0.1"]
+    job = ["-m", "longctx", "chaos", "recipes/quickstart.yaml", "--yes", *options]
+    code, words = run_whole([sys.executable, "-m", "torch.distributed.run", *line, *job], 180)
+    assert code != 0 and "there is no checkpoint to go back to" in words
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 65
+    assert [row[0] for row in rows(folder)] == list(range(1, 7))
