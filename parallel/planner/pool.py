@@ -3,12 +3,15 @@
 For a time budget the longest pieces go first, each to the place that costs the fewest rank
 milliseconds: the fullest open group of some degree that has room, or a new group. What does not fit
 waits. Ranks that stay free double the slowest groups. Several budgets are tried per microbatch, and
-the one with the least time plus estimated rest is kept; several weights of that rest are tried too.
+the one with the least time plus estimated rest is kept; several weights of that rest are tried too, and
+several expectations of how full later microbatches get, since a rest that just fits rarely does.
 
 Compiled by numba, without the interpreter's lock: planning in a thread takes nothing from training.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,10 @@ BUDGETS = 20
 """Time budgets per microbatch at effort 1, from tight to loose."""
 LOOSEST = 2.2
 """The loosest budget over the tightest."""
+FILLED = (1.0, 0.98, 0.93)
+"""Share of the memory that later microbatches are expected to fill."""
+FILLS = 24
+"""Other weights and shares are tried until so many times the step's pieces were placed, at effort 1."""
 WAITS = -1
 """In place of a group: the piece is left to later microbatches."""
 
@@ -43,27 +50,102 @@ def fill(
     ).reshape(len(sizes), len(degrees))
     tables = (kind.astype(np.int64), sizes, times, np.array(degrees, dtype=np.int64))
     order = np.argsort(-sizes[kind], kind="stable").astype(np.int64)
-    settings = (num_ranks, room, cost.beta_ms, pp, max(2, round(BUDGETS * effort)))
-    microbatch, group, degree = _search(tables, order, settings, np.array(REST_WEIGHTS))
-    return _groups(microbatch, group, degree, degrees, num_ranks)
+    search = _Search(tables, num_ranks, room, max(2, round(BUDGETS * effort)))
+    best_ms, best = np.inf, []
+    for filled, weight in product(FILLED, REST_WEIGHTS):
+        if search.pieces > FILLS * effort * len(order):
+            break  # counted, not timed: the same on every machine
+        rest = _Rest(weight / num_ranks, filled * room * num_ranks, cost.beta_ms)
+        time_ms, found = search.empty_pool(order, rest, pp=pp, limit_ms=best_ms)
+        if time_ms < best_ms:
+            best_ms, best = time_ms, found
+    return tuple(_groups(each, degrees, num_ranks) for each in best) or (_groups(None, degrees, num_ranks),)
 
 
-def _groups(
-    microbatch: Ints, group: Ints, degree: Ints, degrees: list[int], num_ranks: int
-) -> tuple[tuple[Group, ...], ...]:
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """How what a microbatch leaves over counts against it."""
+
+    weight: float
+    """ms of time per rank ms of work."""
+    tokens: float
+    """Tokens that a later microbatch is expected to hold."""
+    beta_ms: float
+    """ms of a later microbatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """One microbatch: pieces, the group of each or WAITS, and the groups' degrees by index."""
+
+    pieces: Ints
+    place: Ints
+    degree: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """What one microbatch may hold of some pieces, by time budget."""
+
+    place: Ints
+    """[budgets, pieces]: group, or WAITS."""
+    degree: Ints
+    """[budgets, ranks]: index of each group's degree."""
+    slowest_ms: Floats
+    """[budgets]."""
+    work: Floats
+    """[budgets]: rank ms of the pieces that wait, at the least."""
+    tokens: Ints
+    """[budgets]: of the pieces that wait."""
+
+
+class _Search:
+    """Choices for sets of pieces, each computed once: most weights of the rest lead to the same sets."""
+
+    def __init__(self, tables: Any, ranks: int, room: int, budgets: int) -> None:
+        self._tables, self._settings = tables, (ranks, room, budgets)
+        self._known: dict[bytes, _Choices] = {}
+        self.pieces = 0
+        """Pieces of the sets so far, each of which is placed under every budget."""
+
+    def empty_pool(self, left: Ints, rest: _Rest, *, pp: int, limit_ms: float) -> tuple[float, list[_Filled]]:
+        """Microbatches until no piece is left, and their time; infinite from `limit_ms` on."""
+        found: list[_Filled] = []
+        total = slowest = 0.0
+        while len(left):
+            choices = self._choices(left)
+            later = np.ceil(choices.tokens / rest.tokens) * rest.beta_ms
+            score = choices.slowest_ms + rest.weight * choices.work + later
+            best = int(score.argmin())
+            time_ms = float(choices.slowest_ms[best]) + rest.beta_ms
+            total, slowest = total + time_ms, max(slowest, time_ms)
+            if total + (pp - 1) * slowest >= limit_ms:
+                return np.inf, []
+            found.append(_Filled(left, choices.place[best], choices.degree[best]))
+            left = left[choices.place[best] == WAITS]
+        return total + (pp - 1) * slowest, found
+
+    def _choices(self, left: Ints) -> _Choices:
+        key = left.tobytes()
+        if key not in self._known:
+            self.pieces += len(left)
+            self._known[key] = _Choices(*_fill_budgets(self._tables, left, self._settings))
+        return self._known[key]
+
+
+def _groups(filled: _Filled | None, degrees: list[int], num_ranks: int) -> tuple[Group, ...]:
     """Groups by descending degree, so that each starts at a multiple of its degree."""
-    pieces: dict[tuple[int, int], list[int]] = {}
-    for piece, place in enumerate(zip(microbatch.tolist(), group.tolist(), strict=True)):
-        pieces.setdefault(place, []).append(piece)
-    plan = []
-    for number in range(max(1, int(microbatch.max(initial=-1)) + 1)):
-        found = [(degrees[int(degree[m, g])], tuple(own)) for (m, g), own in pieces.items() if m == number]
-        free = num_ranks - sum(d for d, _ in found)
-        for d in reversed(degrees):  # the rest of the ranks form empty groups
-            found += [(d, ())] * (free // d)
-            free %= d
-        plan.append(_placed(sorted(found, key=lambda each: -each[0])))
-    return tuple(plan)
+    pieces: dict[int, list[int]] = {}
+    if filled is not None:
+        for piece, group in zip(filled.pieces.tolist(), filled.place.tolist(), strict=True):
+            if group != WAITS:
+                pieces.setdefault(group, []).append(piece)
+    found = [(degrees[int(filled.degree[g])], tuple(own)) for g, own in pieces.items()] if filled else []
+    free = num_ranks - sum(d for d, _ in found)
+    for d in reversed(degrees):  # the rest of the ranks form empty groups
+        found += [(d, ())] * (free // d)
+        free %= d
+    return _placed(sorted(found, key=lambda each: -each[0]))
 
 
 def _placed(found: list[tuple[int, tuple[int, ...]]]) -> tuple[Group, ...]:
@@ -74,52 +156,32 @@ def _placed(found: list[tuple[int, tuple[int, ...]]]) -> tuple[Group, ...]:
     return tuple(placed)
 
 
-@njit(cache=True)
-def _search(tables: Any, order: Ints, settings: Any, weights: Floats) -> tuple[Ints, Ints, Ints]:
-    """Microbatch and group of each piece, and the degree's index of each group, by the best weight."""
-    ranks, n = settings[0], len(order)
-    best_ms = np.inf
-    best = (np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n + 1, ranks), np.int64))
-    for weight in weights:
-        found = (np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n + 1, ranks), np.int64))
-        time = _empty_pool(tables, order.copy(), settings, weight, best_ms, found)
-        if time < best_ms:
-            best_ms, best = time, found
-    return best
-
-
-@njit(cache=True)
-def _empty_pool(tables: Any, left: Ints, settings: Any, weight: float, limit: float, found: Any) -> float:
-    """Microbatches until no piece is left, written to `found`; their time, infinite beyond `limit`."""
-    beta_ms, pp, budgets = settings[2], settings[3], settings[4]
-    total, slowest, number = 0.0, 0.0, 0
-    while len(left):
-        least = _fill_budget(tables, left, settings)
-        score, kept_ms = np.inf, 0.0
-        kept, kept_degree = np.zeros(len(left), np.int64), np.zeros(settings[0], np.int64)
-        for step in range(budgets):
-            budget = least * (1.0 + (LOOSEST - 1.0) * step / (budgets - 1))
-            place, degree, load = _fill_one(tables, left, settings, budget)
-            rest, progress = _rest_ms(tables, left, place, settings, weight)
-            if progress and load.max() + rest < score:
-                score, kept_ms = load.max() + rest, load.max()
-                kept, kept_degree = place, degree
-        total += kept_ms + beta_ms
-        slowest = max(slowest, kept_ms + beta_ms)
-        if total + (pp - 1) * slowest >= limit:
-            return np.inf
+@njit(cache=True, nogil=True)
+def _fill_budgets(tables: Any, left: Ints, settings: Any) -> tuple[Ints, Ints, Floats, Floats, Ints]:
+    """What one microbatch holds under each budget; see `_Choices`. What places nothing takes for ever."""
+    kind, sizes, times, degrees = tables
+    ranks, room, budgets = settings
+    places, groups = np.zeros((budgets, len(left)), np.int64), np.zeros((budgets, ranks), np.int64)
+    slowest, work = np.full(budgets, np.inf), np.zeros(budgets)
+    tokens = np.zeros(budgets, np.int64)
+    least = _fill_budget(tables, left, ranks, room)
+    for step in range(budgets):
+        budget = least * (1.0 + (LOOSEST - 1.0) * step / (budgets - 1))
+        place, degree, load = _fill_one(tables, left, ranks, room, budget)
         for i in range(len(left)):
-            found[0][left[i]], found[1][left[i]] = number, kept[i]
-        found[2][number] = kept_degree
-        left, number = left[kept == WAITS], number + 1
-    return float(total + (pp - 1) * slowest)
+            if place[i] == WAITS:
+                work[step] += (times[kind[left[i]]] * degrees).min()
+                tokens[step] += sizes[kind[left[i]]]
+            else:
+                slowest[step] = load.max()
+        places[step], groups[step] = place, degree
+    return places, groups, slowest, work, tokens
 
 
-@njit(cache=True)
-def _fill_budget(tables: Any, left: Ints, settings: Any) -> float:
+@njit(cache=True, nogil=True)
+def _fill_budget(tables: Any, left: Ints, ranks: int, room: int) -> float:
     """The tightest budget: the longest piece at its fastest, or an even share of all work."""
     kind, sizes, times, degrees = tables
-    ranks, room = settings[0], settings[1]
     work, tokens = 0.0, 0
     for piece in left:
         work += (times[kind[piece]] * degrees).min()
@@ -128,26 +190,10 @@ def _fill_budget(tables: Any, left: Ints, settings: Any) -> float:
     return float(max(times[kind[left[0]]].min(), work / ranks / microbatches))
 
 
-@njit(cache=True)
-def _rest_ms(tables: Any, left: Ints, place: Ints, settings: Any, weight: float) -> tuple[float, bool]:
-    """Estimated time of what waits, and whether anything does not."""
-    kind, sizes, times, degrees = tables
-    ranks, room, beta_ms = settings[0], settings[1], settings[2]
-    work, tokens, progress = 0.0, 0, False
-    for i in range(len(left)):
-        if place[i] == WAITS:
-            work += (times[kind[left[i]]] * degrees).min()
-            tokens += sizes[kind[left[i]]]
-        else:
-            progress = True
-    return weight * work / ranks + -(-tokens // (room * ranks)) * beta_ms, progress
-
-
-@njit(cache=True)
-def _fill_one(tables: Any, left: Ints, settings: Any, budget: float) -> tuple[Ints, Ints, Floats]:
+@njit(cache=True, nogil=True)
+def _fill_one(tables: Any, left: Ints, ranks: int, room: int, budget: float) -> tuple[Ints, Ints, Floats]:
     """One microbatch under a time budget: each piece's group or WAITS, degrees and loads of groups."""
     kind, sizes, times, degrees = tables
-    ranks, room = settings[0], settings[1]
     place = np.full(len(left), WAITS, np.int64)
     degree, load, tokens = np.zeros(ranks, np.int64), np.zeros(ranks), np.zeros(ranks, np.int64)
     opened, free = 0, ranks
@@ -177,7 +223,7 @@ def _fill_one(tables: Any, left: Ints, settings: Any, budget: float) -> tuple[In
     return place, degree, load
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _widen(tables: Any, left: Ints, place: Ints, groups: Any, counts: Any) -> None:
     """Double the slowest groups while ranks are free and it helps."""
     kind, _, times, degrees = tables
