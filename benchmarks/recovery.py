@@ -48,12 +48,11 @@ MODELS = {
     "tiny": (),
     "large": (
         "model.num_layers=4",
-        "model.hidden_size=512",
-        "model.ffn_size=1536",
-        "model.num_heads=8",
-        "model.num_kv_heads=4",
+        "model.hidden_size=384",
+        "model.ffn_size=1152",
+        "model.num_heads=6",
+        "model.num_kv_heads=2",
         "model.head_dim=64",
-        "data.seq_len=1024",
     ),
 }
 EVERY = (1, 4, 16)
@@ -63,7 +62,7 @@ def main() -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--kills", type=int, default=50, help="random kills")
     flags.add_argument(
-        "--spacing", type=int, default=70, help="steps between kills: time for a spare to warm"
+        "--spacing", type=int, default=60, help="steps between kills: time for a spare to warm"
     )
     args = flags.parse_args()
     kills, spacing = (1, 40) if args.quick else (args.kills, args.spacing)
@@ -72,7 +71,7 @@ def main() -> None:
         write_corpus(base / "docs", documents=400)
         figures = killed(base, kills, spacing, args.seed)
         figures |= overhead(
-            base, rounds=2 if args.quick else 8, models=["tiny"] if args.quick else list(MODELS)
+            base, rounds=2 if args.quick else 10, models=["tiny"] if args.quick else list(MODELS)
         )
         figures |= restarted(base, 0 if args.quick else 3)
     figures |= _recovery_torchft.figures(quick=args.quick)
@@ -222,7 +221,8 @@ def overhead(base: Path, *, rounds: int, models: Sequence[str]) -> dict[str, Fig
     """Step time with generations every k steps over step time without, in turns."""
     figures = {}
     for name in models:
-        found = run_ranks(_steps, 2, base, name, MODELS[name], rounds, init=False, timeout=900.0)[0]
+        turns = rounds if name == "tiny" else max(2, rounds // 3)
+        found = run_ranks(_steps, 2, base, name, MODELS[name], turns, init=False, timeout=900.0)[0]
         plain, kept = found["off"], {k: found[str(k)] for k in EVERY}
         figures[f"{name}_step_ms"] = Figure(
             1e3 * median(plain), "ms", f"{found['mib']:.1f} MiB of state per rank, 2 ranks"
