@@ -42,6 +42,7 @@ RUN = (
     "train.global_batch_tokens=2048",
     "train.eval_every=0",
     "train.eval_tokens=1024",
+    "recovery.spares=1",
     "metrics.log_every=1",
 )
 MODELS = {

@@ -29,6 +29,7 @@ COMMON = (
     "train.global_batch_tokens=4096",
     "train.eval_every=0",
     "checkpoint.every=0",
+    "recovery.spares=1",
     "recovery.heartbeat_s=3",
     "recovery.connect_s=20",
 )

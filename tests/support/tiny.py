@@ -52,6 +52,7 @@ def overrides(base: Path, name: str = "run", *, layout: dict[str, int] | None = 
         "train.eval_tokens": 1024,
         "train.dtype": "float32",
         "checkpoint.every": 0,
+        "recovery.spares": 0,
     } | {f"parallel.{axis}": degree for axis, degree in degrees.items()}
     return [f"{key}={value}" for key, value in values.items()]
 
