@@ -20,13 +20,13 @@ from harness import Figure
 REPLICAS, KILL_AT = 3, 20
 
 
-def figures(*, quick: bool) -> dict[str, Figure]:
+def figures(repeats: int) -> dict[str, Figure]:
     """Seconds that survivors stall, and until the replica takes part again."""
     if importlib.util.find_spec("torchft") is None:
         missing = Figure(None, "s", "torchft is not installed (pip install torchft)")
         return {"torchft_stall_s": missing, "torchft_back_s": missing}
     stalls, backs = [], []
-    for _ in range(1 if quick else 3):
+    for _ in range(repeats):
         stall, back = once()
         stalls.append(stall)
         backs.append(back)

@@ -65,6 +65,8 @@ def main() -> None:
     flags.add_argument(
         "--spacing", type=int, default=60, help="steps between kills: time for a spare to warm"
     )
+    flags.add_argument("--rounds", type=int, default=10, help="turns of the overhead's tiny model")
+    flags.add_argument("--repeats", type=int, default=3, help="kills of each peer")
     args = flags.parse_args()
     kills, spacing = (1, 40) if args.quick else (args.kills, args.spacing)
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
@@ -72,10 +74,10 @@ def main() -> None:
         write_corpus(base / "docs", documents=400)
         figures = killed(base, kills, spacing, args.seed)
         figures |= overhead(
-            base, rounds=2 if args.quick else 10, models=["tiny"] if args.quick else list(MODELS)
+            base, rounds=2 if args.quick else args.rounds, models=["tiny"] if args.quick else list(MODELS)
         )
-        figures |= restarted(base, 0 if args.quick else 3)
-    figures |= _recovery_torchft.figures(quick=args.quick)
+        figures |= restarted(base, 0 if args.quick else args.repeats)
+    figures |= _recovery_torchft.figures(1 if args.quick else args.repeats)
     harness.report(__file__, figures, args)
 
 

@@ -13,6 +13,8 @@ from .protocol import DONE, FAILED, NO_PROGRESS
 
 BROKEN_GRACE_S = 0.05
 """A rank's death breaks its peers' connections, whose word may come first; one epoch for both."""
+CONNECTIONS = -1
+"""In the place of a rank: failures of connections alone."""
 ENDED_GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has ended badly."""
 
@@ -133,14 +135,9 @@ class Membership:
         return self._verdict(end | {"restart": True})
 
     def _next_epoch(self, loss: Message, now: float) -> list[Message]:
-        rank = loss["rank"]
-        self._failures[rank] += 1
-        if self._failures[rank] > self.limits.failures:
-            error = (
-                f"rank {rank} failed {self._failures[rank]} times in a row without a new step, at last "
-                f"{loss['how']}; see logs/rank_{rank}.log (recovery.max_failures is the limit)"
-            )
-            return self._verdict({"exit_code": NO_PROGRESS, "rank": rank, "error": error})
+        problem = self._too_often(loss)
+        if problem:
+            return self._verdict({"exit_code": NO_PROGRESS, "rank": loss["rank"], "error": problem})
         self.epoch += 1
         self.formed, self._broken = False, None
         self._joined.clear()
@@ -150,6 +147,19 @@ class Membership:
         self._progress.clear()
         self._lost.append({key: loss.get(key) for key in ("rank", "how", "at", "alive", "warm")})
         return [self._fence()]
+
+    def _too_often(self, loss: Message) -> str | None:
+        """Why the job does not go on. A rank's death may also show as a broken connection of any other."""
+        rank, alive = loss["rank"], loss.get("alive", False)
+        key, limit = (CONNECTIONS, 2 * self.limits.failures + 1) if alive else (rank, self.limits.failures)
+        self._failures[key] += 1
+        if self._failures[key] <= limit:
+            return None
+        who = f"connections of rank {rank}" if alive else f"rank {rank}"
+        return (
+            f"{who} failed {self._failures[key]} times in a row without a new step, at last "
+            f"{loss['how']}; see logs/rank_{rank}.log (recovery.max_failures is the limit)"
+        )
 
     def _fence(self) -> Message:
         return {"kind": "fence", "epoch": self.epoch}

@@ -143,3 +143,25 @@ def test_a_lost_node_is_left_to_torchrun():
     members = Membership(size=2)
     (verdict,) = members.handle({"kind": "node_lost", "node": 1, "first_rank": 1}, 1.0)
     assert verdict["exit_code"] == FAILED and "node 1" in verdict["error"] and verdict["restart"]
+
+
+def test_broken_connections_before_each_death_do_not_blame_their_reporter():
+    members = Membership(size=2, limits=Limits(failures=1))
+    said = []
+    for epoch in (0, 2):
+        join_all(members, epoch, now=float(epoch))
+        broken = {"kind": "broken", "rank": 0, "epoch": epoch, "error": "connection closed"}
+        members.handle(broken, float(epoch))
+        assert members.tick(epoch + 1.0) == [{"kind": "fence", "epoch": epoch + 1}]
+        said = members.handle(lost(1, "failed (KeyError)"), epoch + 1.1)
+    assert said[0]["kind"] == "verdict" and "rank 1 failed 2 times" in said[0]["error"]
+
+
+def test_connections_that_break_again_and_again_end_the_job_too():
+    members = Membership(size=2, limits=Limits(failures=1))
+    said = []
+    for epoch in range(4):
+        join_all(members, epoch)
+        members.handle({"kind": "broken", "rank": 0, "epoch": epoch, "error": "reset"}, epoch)
+        said = members.tick(epoch + 0.9)
+    assert said[0]["kind"] == "verdict" and "connections of rank 0 failed 4 times" in said[0]["error"]
