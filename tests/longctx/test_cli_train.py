@@ -65,6 +65,7 @@ def test_two_processes_share_the_sequence_and_the_run_ends_well(start, tmp_path)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 0
 
 
+@pytest.mark.timeout(150)  # two runs, each with its launcher, torchrun, supervisors and trainers
 def test_a_signal_ends_with_64_and_the_run_goes_on_from_there(start, tmp_path):
     process = start("train", "train.steps=100000")
     deadline = time.monotonic() + PATIENCE_S
