@@ -31,7 +31,7 @@ sys.path.insert(0, str(harness.ROOT / "tests" / "support"))
 
 import _recovery_torchft
 from ranks import run_ranks
-from rehearsal import events, rows, state
+from rehearsal import children, events, rows, state
 from tiny import make_config, overrides, write_corpus
 
 from longctx.recovery.faults import Fault, write_plan
@@ -72,13 +72,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
         base = Path(folder)
         write_corpus(base / "docs", documents=400)
+        peers = restarted(base, 0 if args.quick else args.repeats)
+        peers |= _recovery_torchft.figures(1 if args.quick else args.repeats)
         figures = killed(base, kills, spacing, args.seed)
         figures |= overhead(
             base, rounds=2 if args.quick else args.rounds, models=["tiny"] if args.quick else list(MODELS)
         )
-        figures |= restarted(base, 0 if args.quick else args.repeats)
-    figures |= _recovery_torchft.figures(1 if args.quick else args.repeats)
-    harness.report(__file__, figures, args)
+    harness.report(__file__, figures | peers, args)
 
 
 def killed(base: Path, kills: int, spacing: int, seed: int) -> dict[str, Figure]:
@@ -188,11 +188,11 @@ def restarted(base: Path, times: int) -> dict[str, Figure]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        done = wait_for_step(folder, 13)
-        victim = max(worker_pids(run.pid))
+        done = wait_for_step(run, folder, 13)
+        victim = max(children(run.pid))
         os.kill(victim, 9)
         killed_at = time.time()
-        wait_for_step(folder, done + 1)
+        wait_for_step(run, folder, done + 1)
         seconds.append(time.time() - killed_at)
         run.wait()
     return {
@@ -204,20 +204,18 @@ def restarted(base: Path, times: int) -> dict[str, Figure]:
     }
 
 
-def wait_for_step(folder: Path, step: int) -> int:
+def wait_for_step(run: "subprocess.Popen[bytes]", folder: Path, step: int) -> int:
     """Poll metrics.jsonl until it has a step; returns the newest."""
     path = folder / "metrics.jsonl"
     while True:
+        ended = run.poll()
         lines = path.read_text().splitlines() if path.exists() else []
         found = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
         if found >= step:
             return found
+        if ended is not None:
+            raise RuntimeError(f"the run in {folder} ended with {ended} after step {found}")
         time.sleep(0.005)
-
-
-def worker_pids(pid: int) -> list[int]:
-    """Children of torchrun."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def overhead(base: Path, *, rounds: int, models: Sequence[str]) -> dict[str, Figure]:

@@ -7,6 +7,7 @@ the control server; see docs/recovery.md.
 """
 
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -127,7 +128,8 @@ class Supervisor:
         return int(verdict["exit_code"])
 
     def _serve(self) -> ControlServer:
-        membership = Membership(size=self._place.size, limits=self._settings.limits)
+        job = f"job-{secrets.token_hex(8)}"
+        membership = Membership(size=self._place.size, limits=self._settings.limits, job=job)
         return ControlServer(membership, host=self._place.host, folder=self._settings.folder)
 
     def _loop(self) -> Message:

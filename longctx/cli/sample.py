@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..protocol import DONE
+from .rendezvous import torchrun_world
 from .start import under_torchrun
 from .words import add_json, make_words_parser
-from .worker import device_type, torchrun_world
+from .worker import device_type
 
 if TYPE_CHECKING:
     from ..infer.loaded import Loaded

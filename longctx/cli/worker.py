@@ -13,6 +13,7 @@ from ..config.load import LoadedConfig
 from ..config.schema import Config
 from ..errors import ConfigError, DataError
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE, write_status
+from .rendezvous import torchrun_world
 
 if TYPE_CHECKING:
     from ..build import World
@@ -75,16 +76,3 @@ def device_type(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def torchrun_world(device: str) -> "World":
-    """This process among the others, from the variables that torchrun sets."""
-    import torch
-    from torch.distributed.rendezvous import rendezvous
-
-    from ..build import World
-
-    store, rank, size = next(rendezvous("env://"))
-    local_rank = int(os.environ["LOCAL_RANK"])
-    own = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    return World(rank=rank, size=size, device=own, store=store)

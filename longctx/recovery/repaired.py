@@ -90,7 +90,7 @@ class Repaired:
             rank=place.rank,
             size=place.size,
             device=_device(config, place.local_rank),
-            store=PrefixStore(f"attempt-{place.attempt}", store),
+            store=PrefixStore(self._form["job"], store),
             epoch=self._form["epoch"],
             timeout_s=config.recovery.connect_s,
         )
@@ -233,7 +233,7 @@ class Repaired:
         now, lost = time.time(), self._form["lost"]
         deaths = [each["at"] for each in lost if each["at"] is not None]
         since = min(deaths, default=self._noticed or self._joined)
-        noticed = None if self.replaces else self._noticed
+        noticed = self._noticed or None  # a process that takes another's place has noticed nothing
         return {
             "epoch": self._form["epoch"],
             "lost": lost,

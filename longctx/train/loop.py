@@ -7,10 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-
-from parallel import comm
 
 from .. import checkpoint
 from ..build import Run, build
@@ -35,7 +32,9 @@ from ..spike import LossSpike
 from . import throughput
 from .answer import answer
 from .begin import begin
+from .goodput import Goodput
 from .report import box, opening
+from .row import make_row
 from .run_folder import METRICS, RunFolder
 from .schedule import learning_rate
 from .sinks import COMPUTED, JsonlSink, Row, Sink, TerminalSink, WandbSink
@@ -51,6 +50,7 @@ class Outlets:
     stop: StopRequest
     started: float = field(default_factory=time.monotonic)
     sinks: list[Sink] | None = None
+    goodput: Goodput | None = None
     peak: float | None = None
     last: Row = field(default_factory=dict)
 
@@ -147,7 +147,7 @@ def _open(run: Run, members: Members, out: Outlets) -> Session:
     if restored is None:
         _introduce(session, found)
     elif out.sinks is None:
-        out.sinks = _sinks(run, out.folder, resumed_step=None)
+        _open_sinks(run, out, resumed_step=None)
     members.begin(run)
     if restored is not None:
         out.folder.event("recovered", **restored.event)
@@ -177,20 +177,21 @@ def _introduce(session: Session, found: Path | str | None) -> None:
         print(opening(run, found, throughput.estimate_seconds(run, out.peak)), flush=True)
     out.folder.event("start", step=run.progress.step, resumed_from=found and str(found))
     if out.sinks is None:
-        out.sinks = _sinks(run, out.folder, resumed_step=run.progress.step)
+        _open_sinks(run, out, resumed_step=run.progress.step)
 
 
-def _sinks(run: Run, folder: RunFolder, *, resumed_step: int | None) -> list[Sink]:
+def _open_sinks(run: Run, out: Outlets, *, resumed_step: int | None) -> None:
+    out.sinks = []
     if run.world.rank != 0:
-        return []
-    path = folder.path
-    sinks: list[Sink] = [
-        JsonlSink(path / METRICS, resumed_step=resumed_step, mismatch=partial(_mismatch, folder)),
+        return
+    path = out.folder.path
+    out.sinks = [
+        JsonlSink(path / METRICS, resumed_step=resumed_step, mismatch=partial(_mismatch, out.folder)),
         TerminalSink(steps=run.config.train.steps, done=run.progress.step),
     ]
     if run.config.metrics.wandb != "off":
-        sinks.append(WandbSink(run.config.metrics, path, asdict(run.config)))
-    return sinks
+        out.sinks.append(WandbSink(run.config.metrics, path, asdict(run.config)))
+    out.goodput = Goodput(out.folder)
 
 
 def _mismatch(folder: RunFolder, before: Row, again: Row) -> None:
@@ -203,35 +204,37 @@ def _mismatch(folder: RunFolder, before: Row, again: Row) -> None:
 
 
 def _steps(session: Session) -> int:
-    run, config = session.run, session.run.config
+    run, config, out = session.run, session.run.config, session.out
     spent = _spent(run)
     while run.progress.step < config.train.steps:
         started = time.perf_counter()
         result = _one_step(session)
         done = run.progress.step
         last = done == config.train.steps
-        row, behind = _row(session, result, time.perf_counter() - started)
+        row, behind = make_row(
+            run, result, time.perf_counter() - started, peak=out.peak, behind=session.members.behind()
+        )
         for source in set(_spent(run)) - set(spent):
-            session.out.folder.event("exhausted", step=done, source=source)
+            out.folder.event("exhausted", step=done, source=source)
             spent.append(source)
         if run.held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
             row |= evaluate(run)
         if _due(config.eval.every_tokens, run.progress.tokens, result.tokens):
             row |= _by_position(session)
         session.members.keep(run, row, behind=behind)
+        _finish_step(session, row, stops=result.stops > 0)
         if result.stops:
-            _write(session, row)
-            _save(session, last=True)
-            session.out.folder.event("stop", step=done, signal=session.out.stop.name)
+            out.folder.event("stop", step=done, signal=out.stop.name)
             return REQUEUE
-        _finish_step(session, row)
     return DONE
 
 
-def _finish_step(session: Session, row: Row | None) -> None:
+def _finish_step(session: Session, row: Row | None, *, stops: bool = False) -> None:
     """What follows a step once its state is safe; doing it again after a recovery changes nothing."""
-    config, done = session.run.config, session.run.progress.step
-    last = done == config.train.steps
+    config, done, goodput = session.run.config, session.run.progress.step, session.out.goodput
+    last = stops or done == config.train.steps
+    if row is not None and goodput is not None:
+        row |= goodput.after(done, row["step_time_s"])
     if row is not None and (
         last or "held_out_loss" in row or "eval_s" in row or done % config.metrics.log_every == 0
     ):
@@ -274,47 +277,6 @@ def _one_step(session: Session) -> StepResult:
             except TrainingDiverged as error:
                 session.saver.wait()
                 raise TrainingDiverged(f"{error}. Last good checkpoint: {session.saved or 'none'}") from spike
-
-
-def _row(session: Session, result: StepResult, seconds: float) -> tuple[Row, bool]:
-    """The step's metrics, and whether any rank's last generation is still on its way."""
-    run = session.run
-    step = run.progress.step - 1
-    lengths = throughput.step_lengths(run, step)
-    memory, behind = _peak_memory_gib(run.world.device), float(session.members.behind())
-    seconds, wait, memory, behind = _slowest(run, seconds, run.loader.wait_s, memory, behind)
-    flops = throughput.step_flops(run, step)
-    row = {
-        "step": run.progress.step,
-        "tokens": run.progress.tokens,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": learning_rate(step, run.config.train),
-        "step_time_s": seconds,
-        "useful_tokens_per_s": result.tokens / seconds,
-        "padded_tokens_per_s": sum(lengths) / seconds,
-        "mfu": flops / seconds / (session.out.peak * run.world.size) if session.out.peak else None,
-        "peak_memory_gib": memory,
-        "data_wait_s": wait,
-        "documents": len(lengths),
-        "max_document_tokens": max(lengths, default=0),
-        **run.loader.figures(),
-        **result.groups,
-    }
-    return row, behind > 0
-
-
-def _slowest(run: Run, *values: float) -> list[float]:
-    tensor = torch.tensor(values, dtype=torch.float64, device=run.world.device)
-    return comm.all_reduce(tensor, group=run.mesh.group("world"), op="max").tolist()
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
 
 
 def _write(session: Session, row: Row) -> None:

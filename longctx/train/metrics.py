@@ -47,6 +47,8 @@ METRICS: dict[str, Metric] = {
         _metric("perf", "padded_tokens_per_s", "1/s", "tokens computed per second, masked ones included"),
         _metric("perf", "mfu", "", "causal model FLOP/s without recompute / peak FLOP/s (docs/metrics.md)"),
         _metric("perf", "data_wait_s", "s", "time the step waited for its batch", "max"),
+        _metric("perf", "goodput", "", "seconds of steps that stayed / run_s; recoveries lower it"),
+        _metric("perf", "run_s", "s", "wall time since the run's first start, queues and restarts included"),
         _metric("mem", "peak_memory_gib", "GiB", "CUDA: peak allocated; CPU: peak resident set", "max"),
         _metric("seq", "max_document_tokens", "", "longest piece of the step"),
         _metric("seq", "plan_groups", "", "sequence groups per microbatch, where a step plan is used"),

@@ -79,6 +79,8 @@ def _reached(run: Run, figures: dict[str, Any]) -> list[str]:
         lines.append(
             f"held-out loss  {figures['held_out_loss']:.4f} nats per token, {bits:.3f} bits per byte"
         )
+    if "goodput" in figures:
+        lines.append(f"goodput        {figures['goodput']:.0%} of {_words(figures['run_s'])} went into steps")
     lines += [f"checkpoint     {figures['checkpoint']}", f"metrics        {run.config.run.dir}/metrics.jsonl"]
     return lines
 

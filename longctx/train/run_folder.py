@@ -45,6 +45,19 @@ class RunFolder:
         path = self.path / METRICS
         return path.exists() and path.stat().st_size > 0
 
+    def last_row(self) -> dict[str, Any]:
+        """Metrics of the last step that was written; empty if there is none."""
+        path = self.path / METRICS
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1]) if lines else {}
+
+    def began(self) -> float:
+        """When the run started first, in seconds since the epoch; now, if it has not."""
+        path = self.path / EVENTS
+        with path.open() as file:
+            rows = (json.loads(line) for line in file)
+            return next((row["time"] for row in rows if row["kind"] == "start"), time.time())
+
     def _describe(self, config: Config) -> None:
         self.resolved(config)
         write_text(self.path / "cmd.txt", shlex.join(sys.orig_argv) + "\n")

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from longctx.config.schema import Config, RunConfig, TrainConfig
+from longctx.train.goodput import Goodput
 from longctx.train.metrics import FAMILIES, METRICS, check_names
 from longctx.train.run_folder import RunFolder
 from longctx.train.schedule import learning_rate
@@ -110,6 +112,22 @@ def test_run_folder_describes_the_run_and_its_end(tmp_path):
     assert {"config.resolved.yaml", "cmd.txt", "env.json", "events.jsonl", "summary.json", "logs"} <= names
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["exit_code"] == 0 and summary["loss"] == 1.5 and math.isfinite(summary["wall_s"])
+
+
+def test_goodput_counts_a_step_once_and_goes_on_in_the_next_process(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    folder = RunFolder(replace(Config(), run=RunConfig(dir=str(tmp_path))), rank=0)
+    folder.event("start", step=0)
+    goodput = Goodput(folder)
+    now[0] = 1010.0
+    assert goodput.after(1, 4.0) == {"goodput": 0.4, "run_s": 10.0}
+    now[0] = 1020.0
+    assert goodput.after(1, 4.0)["goodput"] == 0.2  # computed again
+    row = {"step": 2} | goodput.after(2, 4.0)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    now[0] = 1040.0
+    assert Goodput(folder).after(3, 2.0) == {"goodput": 0.25, "run_s": 40.0}
 
 
 def test_other_ranks_write_only_their_log(tmp_path):

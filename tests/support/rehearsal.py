@@ -116,6 +116,11 @@ def state(folder: Path) -> dict[str, str]:
     }
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def left_over(folder: Path) -> list[str]:
     """Command lines of living processes that belong to a run."""
     found = []
@@ -127,3 +132,13 @@ def left_over(folder: Path) -> list[str]:
         if f"run.dir={folder}" in words and int(pid) != os.getpid():
             found.append(" ".join(words))
     return found
+
+
+def assert_survivors_stayed(folder: Path) -> None:
+    """The process ids of ranks that were not lost are those of before."""
+    before = None
+    for event in events(folder, "recovered"):
+        gone = {loss["rank"] for loss in event["lost"] if not loss["alive"]}
+        changed = {rank for rank in range(SIZE) if before and before[rank] != event["pids"][rank]}
+        assert changed <= gone, event
+        before = event["pids"]
