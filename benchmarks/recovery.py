@@ -65,7 +65,7 @@ def main() -> None:
     flags.add_argument(
         "--spacing", type=int, default=60, help="steps between kills: time for a spare to warm"
     )
-    flags.add_argument("--rounds", type=int, default=10, help="turns of the overhead's tiny model")
+    flags.add_argument("--rounds", type=int, default=10, help="turns of the overhead")
     flags.add_argument("--repeats", type=int, default=3, help="kills of each peer")
     args = flags.parse_args()
     kills, spacing = (1, 40) if args.quick else (args.kills, args.spacing)
@@ -222,8 +222,7 @@ def overhead(base: Path, *, rounds: int, models: Sequence[str]) -> dict[str, Fig
     """Step time with generations every k steps over step time without, in turns."""
     figures = {}
     for name in models:
-        turns = rounds if name == "tiny" else max(2, rounds // 3)
-        found = run_ranks(_steps, 2, base, name, MODELS[name], turns, init=False, timeout=900.0)[0]
+        found = run_ranks(_steps, 2, base, name, MODELS[name], rounds, init=False, timeout=900.0)[0]
         plain, kept = found["off"], {k: found[str(k)] for k in EVERY}
         figures[f"{name}_step_ms"] = Figure(
             1e3 * median(plain), "ms", f"{found['mib']:.1f} MiB of state per rank, 2 ranks"
@@ -239,7 +238,7 @@ def overhead(base: Path, *, rounds: int, models: Sequence[str]) -> dict[str, Fig
 
 
 def _steps(rank: int, size: int, base: Path, name: str, extra: Sequence[str], rounds: int) -> dict[str, Any]:
-    """On each rank: blocks of 16 steps with every k and with none, in turns."""
+    """On each rank: blocks of steps with a generation every k and with none, in turns."""
     import torch
     import torch.distributed as dist
 
@@ -264,16 +263,18 @@ def _steps(rank: int, size: int, base: Path, name: str, extra: Sequence[str], ro
     seconds: dict[str, list[float]] = {"off": [], **{str(k): [] for k in EVERY}}
     for number in range(rounds + 1):
         for mode in seconds:
+            steps = 4 if mode == "off" else max(4, int(mode))
             began = time.perf_counter()
-            for step in range(16):
+            for step in range(steps):
+                run.progress.step = step % 4  # the same batches in every block
                 train_step(run, learning_rate(0, run.config.train))
-                if mode != "off" and (step + 1) % int(mode) == 0:
+                if mode != "off" and step % int(mode) == 0:
                     replication.wait()
                     replication.send(keeper.pack(run, {}))
             replication.wait()
             dist.barrier()
             if number:
-                seconds[mode].append((time.perf_counter() - began) / 16)
+                seconds[mode].append((time.perf_counter() - began) / steps)
     mib = State(run_tensors(run)).num_bytes / 2**20
     replication.close()
     run.close()

@@ -37,8 +37,6 @@ class Membership:
     """Number of ranks."""
     limits: Limits = field(default_factory=Limits)
     """When to give up."""
-    job: str = ""
-    """Unlike that of any earlier start; what ranks write into torchrun's store is under it."""
     epoch: int = 0
     """The present membership."""
     formed: bool = False
@@ -98,8 +96,7 @@ class Membership:
         self.formed, self._progress_at, first = True, now, len(self._begun) < self.size
         lost, self._lost = self._lost, []
         ranks = [self._joined[rank].get("state") for rank in range(self.size)]
-        form = {"kind": "form", "job": self.job, "epoch": self.epoch, "first": first}
-        return [form | {"lost": lost, "ranks": ranks}]
+        return [{"kind": "form", "epoch": self.epoch, "first": first, "lost": lost, "ranks": ranks}]
 
     def _on_running(self, message: Message, now: float) -> list[Message]:
         """A rank's first state is in its peers' memory; from then on nothing begins anew."""

@@ -7,7 +7,6 @@ the control server; see docs/recovery.md.
 """
 
 import os
-import secrets
 import selectors
 import signal
 import socket
@@ -128,8 +127,7 @@ class Supervisor:
         return int(verdict["exit_code"])
 
     def _serve(self) -> ControlServer:
-        job = f"job-{secrets.token_hex(8)}"
-        membership = Membership(size=self._place.size, limits=self._settings.limits, job=job)
+        membership = Membership(size=self._place.size, limits=self._settings.limits)
         return ControlServer(membership, host=self._place.host, folder=self._settings.folder)
 
     def _loop(self) -> Message:

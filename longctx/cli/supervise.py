@@ -30,10 +30,8 @@ def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoRe
     """
     config, folder = loaded.config, Path(loaded.config.run.dir)
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    overrides = list(loaded.overrides)
     if attempt:
         _leave_if_over(folder)
-        overrides.append("run.resume=true")
     try:
         _check(config, folder, first=rank == 0 and attempt == 0)
     except ConfigError as problem:
@@ -48,7 +46,7 @@ def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoRe
         f"--hang-s={settings.hang_s}",
         f"--max-failures={settings.max_failures}",
     ]
-    program = ["-m", "longctx.cli.rank", "{}", *options, *loaded.files, *overrides]
+    program = ["-m", "longctx.cli.rank", "{}", *options, *loaded.files, *loaded.overrides]
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "launch.supervise", *arguments, "--", *program]

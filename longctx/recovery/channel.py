@@ -52,7 +52,6 @@ class Channel:
         """
         while True:
             with self._news:
-                self._cut = None
                 epoch = self.epoch
             self._lines.send(kind="joined", epoch=epoch, state=state)
             with self._news:
@@ -63,8 +62,8 @@ class Channel:
                     self._formed_epoch = form["epoch"]
                     return form
 
-    def fence_with(self, cut: Callable[[], None]) -> None:
-        """Call `cut` from another thread as soon as this epoch ends, again and again until `join`."""
+    def fence_with(self, cut: Callable[[], None] | None) -> None:
+        """Call `cut` from another thread as soon as this epoch ends, again and again until the next call."""
         with self._news:
             self._cut = cut
 
@@ -126,7 +125,7 @@ class Channel:
     def _keep_cutting(self, cut: Callable[[], None]) -> None:
         """Connections that are still being made when the first cut comes are cut by the next."""
         while True:
-            with self._news:  # `join` cannot let the next epoch begin in the middle of a cut
+            with self._news:  # `join` cannot begin in the middle of a cut
                 if self._cut is not cut:
                     return
                 cut()

@@ -37,7 +37,7 @@ class Members(Protocol):
     replaces: bool
     """Whether this process takes the place of one that was lost."""
     restarted: bool
-    """Whether torchrun has started the job again."""
+    """Whether torchrun has started the job again, which then resumes."""
 
     def form(self, config: Config) -> World:
         """The next world; the run is built on it."""

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import TCPStore
 
 from parallel.lost import says_lost
 
@@ -29,6 +29,7 @@ from .placement import Agreement, Inventory, agree, missing, shifts, twins
 from .replicate import Memory, Replication
 from .twins import compare_twins
 
+REACH_S = 2.0
 SAID = ("pid", "descriptor", "rss_mib")
 """What the event of a recovery lists of every rank; who stays must not grow."""
 
@@ -58,10 +59,11 @@ class Repaired:
 
     def __init__(self, channel: Channel, pulse: Pulse, place: Place, memory: Memory) -> None:
         self.pulse, self.rank, self.replaces = pulse, place.rank, place.epoch > 0
-        self.restarted = place.attempt > 0
+        self.restarted = False
         self._channel, self._place = channel, place
         self._memory, self._fence = memory, Fence()
         self._form: dict[str, Any] = {}
+        self._store: TCPStore
         self._inventories: list[Inventory] = []
         self._agreement: Agreement | None = None
         self._replication: Replication | None = None
@@ -72,28 +74,45 @@ class Repaired:
     def form(self, config: Config) -> World:
         """Join, wait for everybody, agree on a step; no process group exists yet."""
         self.pulse("join")
-        self._joined = time.time()
-        self._form = self._channel.join(
-            self._memory.inventory() | {"reached": self._reached, "pid": os.getpid()} | usage()
-        )
+        self._channel.fence_with(None)
+        self._fence, self._joined = Fence(), time.time()
+        if self.rank == 0:
+            self._store = TCPStore(_host(), 0, is_master=True, wait_for_workers=False)
+        self._form = self._channel.join(self._memory.inventory() | self._state() | usage())
         self._formed = time.time()
         self._inventories = [Inventory.of(state) for state in self._form["ranks"]]
         self._agreement = agree(self._inventories, self._twins(config))
+        self.restarted = any(state["attempt"] for state in self._form["ranks"])
         self.pulse("connect")
-        self._fence = Fence()
         self._channel.fence_with(self._fence.cut)
+        if self.rank != 0:
+            self._store = self._reach(self._form["ranks"][0]["store_port"], config.recovery.connect_s)
+        self._store.set_timeout(timedelta(seconds=config.recovery.connect_s))
         place = self._place
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=config.recovery.connect_s)
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
         return World(
             rank=place.rank,
             size=place.size,
             device=_device(config, place.local_rank),
-            store=PrefixStore(self._form["job"], store),
+            store=self._store,
             epoch=self._form["epoch"],
             timeout_s=config.recovery.connect_s,
         )
+
+    def _reach(self, port: int, limit_s: float) -> TCPStore:
+        """The store of rank 0; if that rank is lost meanwhile, nobody waits for its port to open."""
+        until = time.monotonic() + limit_s
+        while True:
+            try:
+                patience = timedelta(seconds=REACH_S)
+                return TCPStore(_host(), port, is_master=False, wait_for_workers=False, timeout=patience)
+            except RuntimeError:
+                if self._channel.fenced or time.monotonic() > until:
+                    raise
+
+    def _state(self) -> dict[str, Any]:
+        """What the others are told of this rank when it joins."""
+        store = {"store_port": self._store.port} if self.rank == 0 else {}
+        return {"reached": self._reached, "pid": os.getpid(), "attempt": self._place.attempt} | store
 
     def known(self) -> Mapping[str, torch.Tensor] | None:
         """No shard at all: they come with the rest of the state."""
@@ -248,6 +267,15 @@ class Repaired:
             "resume_s": round(now - since, 4),
             "lost_at": since,
         }
+
+
+def _host() -> str:
+    """The first node, where rank 0 is. It keeps the store of its epoch.
+
+    torchrun's own outlives the ranks and holds the addresses of the dead, and with torch 2.13 a node that
+    takes another's place waits for it for ever.
+    """
+    return os.environ["MASTER_ADDR"]
 
 
 def _device(config: Config, local_rank: int) -> torch.device:

@@ -140,7 +140,8 @@ def _abandon(run: Run | None, session: Session | None, members: Members) -> None
 def _open(run: Run, members: Members, out: Outlets) -> Session:
     """Restore or resume, open the sinks, say what is about to happen."""
     restored = members.restore(run)
-    found = _resumed(run, members, out) if restored is None and run.config.run.resume else None
+    resumes = restored is None and (run.config.run.resume or members.restarted)
+    found = _resumed(run, members, out) if resumes else None
     if restored is None and found is None and run.config.checkpoint.init_from:
         begin(run, run.config.checkpoint.init_from)
     session = Session(run=run, out=out, members=members, saver=checkpoint.Saver(run), saved=found)

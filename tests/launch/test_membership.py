@@ -16,12 +16,11 @@ def lost(rank, how="died, killed by SIGKILL"):
 
 
 def test_a_membership_forms_when_every_rank_has_joined_and_carries_their_states():
-    members = Membership(size=3, job="job-a")
+    members = Membership(size=3)
     assert join_all(members, 0, ranks=[2, 0]) == []
     (form,) = join_all(members, 0, ranks=[1])
     assert form == {
         "kind": "form",
-        "job": "job-a",
         "epoch": 0,
         "first": True,
         "lost": [],

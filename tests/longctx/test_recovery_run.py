@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from rehearsal import (
@@ -27,6 +28,37 @@ from tiny import overrides, write_corpus
 from longctx.recovery.faults import Fault, write_plan
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "keep")
+
+
+def nodes_of(base, verb, arguments):
+    """Starts the nodes of one job, of two ranks each, as their users would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def start(name):
+        line = ["--nnodes=2", "--nproc-per-node=2", "--max-restarts=2", "--rdzv-backend=c10d"]
+        line += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+        line.append(f"--rdzv-conf=is_host={'true' if name == 'first' else 'false'}")
+        job = ["-m", "longctx", verb, "recipes/quickstart.yaml", *arguments]
+        command = [sys.executable, "-m", "torch.distributed.run", *line, *job]
+        with (base / f"{name}.log").open("w") as words:
+            environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            return subprocess.Popen(command, cwd=ROOT, stdout=words, stderr=words, env=environment)
+
+    return start
+
+
+def said(base):
+    """What the nodes have printed."""
+    return {path.name: path.read_text() for path in base.glob("*.log")}
+
+
+def wait_for_steps(folder, count, run):
+    """Until so many lines are in metrics.jsonl."""
+    while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < count:
+        assert run.poll() is None
+        time.sleep(0.02)
 
 
 @pytest.mark.timeout(200)
@@ -69,21 +101,33 @@ def test_two_nodes_find_each_other_and_replace_a_rank_on_either(tmp_path):
     faults = [Fault(step=10, rank=3, phase="backward"), Fault(step=17, rank=0, phase="optimizer")]
     write_plan(faults, folder / "chaos" / "plan.json")
     options = [*overrides(tmp_path, "nodes", layout={"dp_shard": 4}), *COMMON, "train.steps=24"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    nodes = []
-    for node in range(2):
-        line = ["--nnodes=2", "--nproc-per-node=2", f"--rdzv-conf=is_host={'false' if node else 'true'}"]
-        line += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
-        job = ["-m", "longctx", "chaos", "recipes/quickstart.yaml", "--yes", *options]
-        command = [sys.executable, "-m", "torch.distributed.run", *line, *job]
-        words = (tmp_path / f"node{node}.log").open("w")
-        nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=words, stderr=words))
+    start = nodes_of(tmp_path, "chaos", ["--yes", *options])
+    nodes = [start("first"), start("second")]
     codes = [node.wait(timeout=180) for node in nodes]
-    assert codes == [0, 0], [(tmp_path / f"node{node}.log").read_text() for node in range(2)]
+    assert codes == [0, 0], said(tmp_path)
     assert rows(folder) == rows(expected) and state(folder) == state(expected)
     assert [event["lost"][0]["rank"] for event in events(folder, "recovered")] == [3, 0]
+    assert left_over(folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_another_node_takes_the_place_of_one_that_is_gone_and_the_run_resumes(tmp_path):
+    extra = ("checkpoint.every=4", "train.steps=36")
+    expected, folder = reference(tmp_path, "fsdp4", *extra), tmp_path / "moved"
+    options = [*overrides(tmp_path, "moved", layout={"dp_shard": 4}), *COMMON, *extra]
+    start = nodes_of(tmp_path, "train", options)
+    first, second = start("first"), start("second")
+    wait_for_steps(folder, 10, first)
+    gone = [second.pid, *children(second.pid)]
+    for pid in gone:
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    third = start("third")
+    assert [first.wait(timeout=200), third.wait(timeout=60)] == [0, 0], said(tmp_path)
+    assert rows(folder) == rows(expected) and state(folder) == state(expected)
+    resumed = [event["resumed_from"] for event in events(folder, "start")]
+    assert len(resumed) == 2 and resumed[1]
     assert left_over(folder) == []
 
 
@@ -171,8 +215,7 @@ def test_without_recovery_torchrun_restarts_all_ranks_from_the_newest_checkpoint
         command = [sys.executable, "-m", "torch.distributed.run", *line, *job]
         run = subprocess.Popen(command, cwd=ROOT, stdout=words, stderr=words)
     folder = tmp_path / "off"
-    while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < 10:
-        assert run.poll() is None, (tmp_path / "words").read_text()
+    wait_for_steps(folder, 10, run)
     os.kill(max(children(run.pid)), signal.SIGKILL)
     assert run.wait(timeout=150) == 0, (tmp_path / "words").read_text()
     assert rows(folder) == rows(expected) and state(folder) == state(expected)
