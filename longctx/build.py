@@ -182,11 +182,13 @@ def build(config: Config, world: World, shards: Mapping[str, torch.Tensor] | Non
             to fill.
 
     Raises:
-        ConfigError: the tokenizer does not fit the model, or shards do not fit the layout.
+        ConfigError: the tokenizer does not fit the model, a weight is for no length or source (both before
+            any process group exists), or shards do not fit the layout.
     """
     opened = open_data(config.data)
     rows = vocabulary(config.model, opened.vocab_size)
     config = replace(config, model=replace(config.model, vocab_size=rows))
+    packs = make_packs(config, opened)
     _make_deterministic(config.run.deterministic)
     join(world)
     mesh = build_mesh(parallel_config(config), world.device.type)
@@ -197,7 +199,6 @@ def build(config: Config, world: World, shards: Mapping[str, torch.Tensor] | Non
         init_parameters_(model, config.run.seed, config.model)
     elif shards:
         _adopt(model, shards)
-    packs = make_packs(config, opened)
     return Run(
         config=config,
         world=world,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, _collective_utils, _redistribute
 
 from .comm import Counter, Group, barrier
 from .config import AXES, ParallelConfig
@@ -171,6 +172,7 @@ class Mesh:
         self._owned.clear()
         self._groups.clear()
         self._splits.clear()
+        _forget_specs()
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
@@ -209,6 +211,24 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     barrier(mesh.group("world"))
     mesh.counter.reset()
     return mesh
+
+
+def _forget_specs() -> None:
+    """Empty torch's caches of what operations make of DTensors.
+
+    They are kept by meshes that compare equal: a later mesh would be given results on a closed one, whose
+    groups' names mean others by then. And they hold its groups, two threads of gloo's each.
+    """
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    propagator.propagate_op_sharding.cache_clear()
+    for holder, name in (
+        (torch._C, "_clear_DTensor_sharding_propagator_cache"),
+        (_redistribute, "clear_redistribute_planner_cache"),
+        (getattr(propagator, "_propagate_tensor_meta_cached", None), "cache_clear"),
+        (getattr(_redistribute, "_gen_transform_infos", None), "cache_clear"),
+        (_collective_utils.MeshTopoInfo.build_from_mesh, "cache_clear"),
+    ):
+        getattr(holder, name, lambda: None)()  # torch 2.11 has not all of them
 
 
 def _default_timeout(device_type: str) -> timedelta:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ..build import World
 
 RESOLVED = "config.resolved.yaml"
-_OF_THAT_MACHINE = ("run.processes", "run.device", "parallel.dp_shard", "parallel.ring", "parallel.ulysses")
+_OF_THAT_MACHINE = ("run.processes", "run.device", "parallel", "pipeline", "step_plan")
+"""Keys and sections that say how that machine trained, which is nothing to an evaluation on this one."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,11 +1,12 @@
 """Cross-field checks of curricula, sources and step plans. Pure."""
 
 from dataclasses import replace
+from math import inf
 
 from parallel.config import ParallelConfig
 
 from ..errors import ConfigError
-from .schema import Config
+from .schema import Config, StepPlanConfig
 from .units import format_tokens
 
 
@@ -90,8 +91,9 @@ def resolve_step_plan(config: Config, *, node_ranks: int) -> Config:
         node_ranks: processes of one node.
 
     Raises:
-        ConfigError: adaptive groups beside a fixed ring or ulysses.
+        ConfigError: a value out of range, or adaptive groups beside a fixed ring or ulysses.
     """
+    check_plan_values(config.step_plan)
     plan, degrees = config.step_plan, config.parallel
     micro = config.train.microbatch_tokens
     assert isinstance(micro, int), "resolve microbatch_tokens first"
@@ -111,6 +113,29 @@ def resolve_step_plan(config: Config, *, node_ranks: int) -> Config:
             f"{config.attention.strategy}"
         )
     return replace(config, step_plan=plan, parallel=replace(degrees, ring=1, ulysses=1))
+
+
+def check_plan_values(plan: StepPlanConfig) -> None:
+    """Ranges of single values.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name in ("alpha1_ms", "alpha2_ms", "beta_ms", "node_ranks"):
+        value = getattr(plan, name)
+        if value is not None and not 0 <= value < inf:
+            raise ConfigError(f"step_plan.{name}={value}; choose at least 0")
+    if not 0 < plan.effort < inf:
+        raise ConfigError(f"step_plan.effort={plan.effort}; choose more than 0, usually 1")
+    if plan.capacity_tokens != "auto" and plan.capacity_tokens < 1:
+        raise ConfigError(f"step_plan.capacity_tokens={plan.capacity_tokens}; choose auto or at least 1")
+    for degree, cost in plan.comm_ms_per_token.items():
+        number = int(degree) if degree.isdecimal() else 0
+        if number < 1 or number & (number - 1) or not 0 <= cost < inf:
+            raise ConfigError(
+                f"step_plan.comm_ms_per_token: {cost} ms for degree {degree}; degrees are powers of two, "
+                "costs 0 or more"
+            )
 
 
 def check_step_plan(config: Config, degrees: ParallelConfig) -> None:

@@ -6,8 +6,8 @@ The rule, until a planner weighs speed as well:
    degrees) for which the memory estimate fits a GPU *and* no group of ranks idles: there are at
    least as many microbatches in a global batch as data-parallel groups. Where no divisor keeps
    all busy, the largest that fits is taken.
-2. ulysses = gcd(cp, num_heads, ranks of a node), so heads divide evenly and the exchange of heads
-   stays inside a node; ring is the rest.
+2. ulysses = gcd(cp, num_heads / tp, ranks of a node / tp), so heads divide evenly and the exchange of
+   heads stays inside a node; ring is the rest.
 3. dp_shard is what these leave.
 
 CPU processes of one machine share its memory, so only "no group idles" decides there.
@@ -15,7 +15,7 @@ CPU processes of one machine share its memory, so only "no group idles" decides 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 
 from parallel.config import ParallelConfig
 
@@ -130,26 +130,29 @@ def _split(cp: int, config: Config, machine: Machine) -> tuple[int, int]:
     """(ring, ulysses) for a sequence degree; their product differs from `cp` where none exists."""
     ring, ulysses = config.parallel.ring, config.parallel.ulysses
     strategy = config.attention.strategy
+    heads = max(1, config.model.num_heads // config.parallel.tp)  # of one rank
     if ring == "auto" and strategy in ("local", "ulysses"):
         ring = 1
     if ulysses == "auto" and strategy in ("local", "ring"):
         ulysses = 1
     if ulysses == "auto" and ring == "auto":
-        ulysses = gcd(cp, config.model.num_heads, machine.node_ranks)
+        ulysses = gcd(cp, heads, max(1, machine.node_ranks // config.parallel.tp))
     if ulysses == "auto":
         assert ring != "auto"
         ulysses = cp // ring
-        if ulysses > config.model.num_heads:
+        if ulysses > heads:
             return 0, 0
     return (cp // ulysses if ring == "auto" else ring), ulysses
 
 
 def _no_product(asked: DegreesConfig, world_size: int) -> str:
     names = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+    fixed = prod(d for d in (getattr(asked, name) for name in names) if d != "auto")
     spelled = " x ".join(f"parallel.{name}={getattr(asked, name)}" for name in names)
+    free = "" if asked.dp_shard == "auto" else "set parallel.dp_shard=auto, or "
     return (
-        f"{spelled} cannot multiply to {world_size} processes; "
-        f"set parallel.dp_shard=auto, or choose degrees whose product divides {world_size}"
+        f"{spelled} cannot multiply to {world_size} processes; {free}choose degrees whose product divides "
+        f"{world_size}, or start a multiple of {fixed} processes"
     )
 
 

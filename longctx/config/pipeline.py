@@ -77,7 +77,9 @@ def check_pipeline(config: Config, degrees: ParallelConfig) -> None:
     """
     asked = config.pipeline
     if degrees.pp == 1:
-        for key, value, default in (("slices", asked.slices, 1), ("swap_ends", asked.swap_ends, False)):
+        plain = {"slices": 1, "swap_ends": False, "speeds": []}
+        for key, default in plain.items():
+            value = getattr(asked, key)
             if value != default:
                 needed = "at least 4" if key == "swap_ends" else "2 or more"
                 raise ConfigError(
@@ -92,6 +94,12 @@ def check_pipeline(config: Config, degrees: ParallelConfig) -> None:
         raise ConfigError("pipeline.swap_ends=true needs equal stages; remove pipeline.speeds")
     if spec.splits_backward:
         _check_split(config)
+    tokens = config.train.microbatch_tokens
+    if asked.slices > 1 and isinstance(tokens, int) and asked.slices > tokens:
+        raise ConfigError(
+            f"pipeline.slices={asked.slices} exceeds train.microbatch_tokens={tokens}: most slices would be "
+            "empty; choose a few for each stage, such as 4 x parallel.pp"
+        )
     if asked.slices > 1 and config.attention.strategy == "allgather":
         raise ConfigError(
             f"pipeline.slices={asked.slices} does not work with attention.strategy=allgather; set "

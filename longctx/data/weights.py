@@ -64,7 +64,14 @@ def source_weights(sources: "Sequence[SourceConfig]", steps: int) -> Callable[[i
 
 
 def _points(source: "SourceConfig") -> tuple[list[float], list[float]]:
-    schedule = {float(at): float(weight) for at, weight in source.schedule.items()} or {0.0: source.weight}
+    try:
+        given = {float(at): float(weight) for at, weight in source.schedule.items()}
+    except ValueError as error:
+        raise ConfigError(
+            f"data.sources[{source.name}]: schedule={source.schedule} maps progress from 0 to 1 to weights, "
+            f"both numbers ({error})"
+        ) from error
+    schedule = given or {0.0: source.weight}
     for at, weight in schedule.items():
         if not (0 <= at <= 1 and weight >= 0):
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import inf
 
 from ..errors import ConfigError
 
@@ -37,7 +38,7 @@ def split_layers(
             f"model.num_layers={num_layers}; set parallel.pp={max(1, num_layers // (stages // ranks))}"
         )
     speeds = list(speeds) or [1.0] * ranks
-    if len(speeds) != ranks or min(speeds) <= 0:
+    if len(speeds) != ranks or not all(0 < speed < inf for speed in speeds):
         raise ConfigError(
             f"pipeline.speeds={speeds}; give a positive relative speed for each of parallel.pp={ranks} ranks"
         )

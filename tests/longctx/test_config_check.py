@@ -165,6 +165,13 @@ def test_resolving_twice_changes_nothing():
         ),
         (["parallel.pp=8"], ["parallel.pp=8", "set parallel.pp=4"]),
         (["parallel.ep=2"], ["parallel.ep=2", "expert"]),
+        (["parallel.tp=3"], ["cannot multiply to 8 processes", "start a multiple of 3 processes"]),
+        (["step_plan.effort=nan"], ["step_plan.effort=nan; choose more than 0"]),
+        (["step_plan.alpha1_ms=-1"], ["step_plan.alpha1_ms=-1"]),
+        (["step_plan.capacity_tokens=0"], ["step_plan.capacity_tokens=0; choose auto"]),
+        (["step_plan.comm_ms_per_token={3: 0.1}"], ["degree 3", "powers of two"]),
+        (["step_plan.comm_ms_per_token={x: 0.1}"], ["degree x", "powers of two"]),
+        (["step_plan.comm_ms_per_token={2: -1}"], ["-1.0 ms for degree 2"]),
         (["data.seq_len=16k"], ["data.seq_len=16k exceeds train.microbatch_tokens=8k"]),
         (
             ["train.microbatch_tokens=16k"],
@@ -190,6 +197,11 @@ def test_resolving_twice_changes_nothing():
 def test_what_cannot_run_is_refused_with_the_key_to_change(overrides, words):
     message = refusal(*overrides)
     assert all(word in message for word in words), message
+
+
+def test_auto_leaves_heads_to_tensor_parallel_ranks():
+    assert degrees(with_overrides("parallel.tp=4"), 8, "cpu") == (1, 2, 1)
+    assert degrees(with_overrides("parallel.tp=2"), 8, "cpu") == (1, 2, 2)
 
 
 LONG = ("compose+=model/llama3-8b", "data.seq_len=1M", "train.global_batch_tokens=1M")

@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from stores import make_store
 from tiny import make_config, make_world, write_corpus
 
+from longctx.build import World, build
 from longctx.config.check import resolve
 from longctx.config.load import load
 from longctx.config.schema import CurriculumConfig, DataConfig, SourceConfig
@@ -165,6 +168,13 @@ def test_weights_are_checked_and_schedules_are_linear():
     ]
     weights = source_weights(sources, 101)
     assert [weights(step) for step in (0, 25, 50, 75, 100)] == [[1, 0], [1, 1], [1, 2], [1, 1.5], [1, 1]]
+    for schedule, words in (
+        ({"half": 1.0}, "schedule="),
+        ({"2": 1.0}, "progress 2.0"),
+        ({"1": 0.0}, "all weights are 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            source_weights([SourceConfig(name="a", path="x", schedule=schedule)], 3)
     assert class_weights({"1k": 2}, [512, 1024], "k") == {1024: 2.0}
     for given, words in (({"3k": 1}, "no length class"), ({"512": -1}, "0 or more"), ({"x": 1}, "no length")):
         with pytest.raises(ConfigError, match=words):
@@ -192,6 +202,22 @@ def train_rank(rank: int, size: int, base, name: str, meeting: str, extra: tuple
     config = make_config(base, name, size=size, layout={"dp_shard": size}, extra=(*standard, *extra))
     (base / meeting).mkdir(exist_ok=True)
     return train(config, Fixed(make_world(base / meeting, rank, size)))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "data.sources=[{{name: a, path: {docs}, lengths: {{300: 1}}}}]",
+        "data.sources=[{{name: a, path: {docs}, weight: 0}}]",
+        "curriculum.weights={{300: 1}}",
+    ],
+)
+def test_weights_that_fit_nothing_are_refused_before_any_process_group(base, extra):
+    settings = ("curriculum.kind=weights", "curriculum.weights={512: 1}", "data.min_len=16")
+    config = make_config(base, "refused", extra=(*settings, extra.format(docs=base / "docs")))
+    with pytest.raises(ConfigError, match=r"data\.sources|curriculum\.weights"):
+        build(config, World(rank=0, size=1, device=torch.device("cpu"), store=dist.HashStore()))
+    assert not dist.is_initialized()
 
 
 def rows_of(base, name: str, *runs: tuple[int, tuple[str, ...]]) -> list[dict]:

@@ -1,12 +1,15 @@
 """The mesh: who is where on every axis, and which ranks share a sequence."""
 
+import gc
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from parallel import comm
 from parallel.config import ParallelConfig
@@ -140,3 +143,19 @@ def test_groups_keep_the_timeout_of_the_default_group():
     assert seen[0][1].startswith("lost rank 1 on axis 'ring', step 2: kv among ranks [0, 1]")
     assert seen[1][1].startswith("lost a peer on axis 'ring': heads")
     assert seen[2][1].startswith("lost a peer on axis 'data': all_reduce")
+
+
+def closed_mesh(rank, size):
+    """Whether torch still holds a closed mesh whose tensors were computed with."""
+    mesh = build_mesh(ParallelConfig(dp_shard=size), "cpu")
+    tensor = distribute_tensor(torch.ones(2 * size), mesh.fsdp_mesh, [Shard(0)])
+    total = float((2 * tensor).sum().full_tensor())
+    known = [weakref.ref(mesh.fsdp_mesh), weakref.ref(mesh._device_mesh)]
+    mesh.close()
+    del mesh, tensor
+    gc.collect()
+    return total, [ref() is not None for ref in known]
+
+
+def test_nothing_holds_a_closed_mesh_and_its_threads():
+    assert run_ranks(closed_mesh, 2) == [(8.0, [False, False])] * 2
