@@ -9,6 +9,7 @@ repository: --lengths FILE reads one integer per line, elements 512 i to 512 i +
 
 The bound is HiGHS's on a relaxed program (parallel/planner/certificate.py), the validity of each plan is
 checked here, and its time is computed here from its groups; nothing that the plan says of itself is used.
+Milliseconds of planning are the processor's: it plans on one thread, and other work must not count.
 """
 
 import math
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -43,6 +45,8 @@ OFFICIAL = {
     ("code", 1, 192): 18844,
 }
 OFFICIAL_WIKI = {3: 3624, 4: 3558, 5: 3316, 6: 5220}
+KNOWN_GOAL, FRESH_GOAL = 1.15, 1.12
+"""Goals for the largest ratio of a plan's time to the bound."""
 Batch = tuple[str, list[int], SequenceCost, int]
 
 
@@ -125,16 +129,23 @@ def best_static_ms(lengths: Sequence[int], num_ranks: int, cost: SequenceCost) -
     return min(static_ms(lengths, degree, num_ranks, cost) for degree in able)
 
 
-def measure(batch: Batch, seconds: float) -> dict[str, float]:
-    """Plan, bound, static times and milliseconds of one batch."""
+def measure(batch: Batch, seconds: float, goal: float) -> dict[str, float]:
+    """Plan, bound, static times and milliseconds of one batch.
+
+    Where the plan misses the goal, the bound gets ten times the seconds: one of
+    the two is at fault.
+    """
     _, lengths, cost, num_ranks = batch
     took = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         plan = plan_step(lengths, num_ranks=num_ranks, cost=cost)
-        took.append(1e3 * (time.perf_counter() - start))
+        took.append(1e3 * (time.process_time() - start))
     ours = checked_ms(plan, lengths, cost, num_ranks)
-    bound = certified_bound(lengths, num_ranks=num_ranks, cost=cost, limit_ms=ours, seconds=seconds)
+    case: dict[str, Any] = {"num_ranks": num_ranks, "cost": cost, "limit_ms": ours}
+    bound = certified_bound(lengths, **case, seconds=seconds)
+    if ours > goal * bound:
+        bound = max(bound, certified_bound(lengths, **case, seconds=10 * seconds))
     return {
         "ours": ours,
         "bound": bound,
@@ -159,7 +170,9 @@ def figures_of(name: str, found: list[dict[str, float]], worst_goal: float) -> d
         f"{name}_static_over_ours": harness.Figure(
             geomean([each["static"] / each["ours"] for each in found]), "ratio", "best static degree, BFD"
         ),
-        f"{name}_p50": harness.Figure(took[len(took) // 2], "ms", f"one thread; goal {goal}"),
+        f"{name}_p50": harness.Figure(
+            took[len(took) // 2], "ms", f"of the processor, one thread; goal {goal}"
+        ),
         f"{name}_p99": harness.Figure(took[math.ceil(0.99 * len(took)) - 1], "ms", f"goal {goal}"),
     }
 
@@ -178,16 +191,16 @@ def main() -> int:
     official = {f"{kind}{seed}_{limit}k": ms for (kind, seed, limit), ms in OFFICIAL.items()}
     official |= {f"wikiR{i}_384k": ms for i, ms in OFFICIAL_WIKI.items()}
     for batch in known:
-        found.append(measure(batch, seconds))
+        found.append(measure(batch, seconds, KNOWN_GOAL))
         row, name = found[-1], batch[0]
         figures[f"{name}_ours"] = harness.Figure(row["ours"], "ms", f"bound {row['bound']:.0f}")
         ratio = official[name] / row["ours"]
         figures[f"{name}_official_over_ours"] = harness.Figure(ratio, "ratio", f"FlexSP {official[name]} ms")
-    figures |= figures_of("published", found, 1.15)
+    figures |= figures_of("published", found, KNOWN_GOAL)
     for ranks in (64, 256):
-        rows = [measure(batch, seconds) for batch in fresh if batch[3] == ranks]
+        rows = [measure(batch, seconds, FRESH_GOAL) for batch in fresh if batch[3] == ranks]
         if rows:
-            figures |= figures_of(f"fresh_{ranks}ranks", rows, 1.12)
+            figures |= figures_of(f"fresh_{ranks}ranks", rows, FRESH_GOAL)
     harness.report(__file__, figures, args)
     return 0
 

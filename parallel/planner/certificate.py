@@ -2,7 +2,8 @@
 
 The program is a relaxation that every valid plan satisfies, so its bound holds for all plans:
 
-- per microbatch and degree, pieces fit the memory of that degree's groups;
+- per microbatch and degree, pieces fit the memory of that degree's groups, each of which can hold no more
+  than the largest multiple of the pieces' common divisor;
 - per microbatch, the groups take all ranks;
 - per microbatch, the ranks' time pays for its pieces: num_ranks (T - beta) >= sum of degree x time
   (the area cut: without it the bound is about half the best value);
@@ -17,7 +18,7 @@ Source: FlexSP, sec. 4, whose program has one microbatch; the area cut and sever
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, inf
+from math import ceil, gcd, inf
 from typing import Any
 
 import numpy as np
@@ -103,8 +104,10 @@ def _microbatch(
     """Rows of one microbatch: ranks, memory by degree, area, longest piece, and order of times."""
     time = program.column("time", number)
     area: list[tuple[int, float]] = [(time, -float(num_ranks))]
+    unit = gcd(*(length for _, length, _ in kinds))
     for degree in degrees:
-        memory = [(program.column("groups", degree, number), -float(cost.capacity_tokens * degree))]
+        room = cost.capacity_tokens * degree // unit * unit  # sums of pieces are multiples of it
+        memory = [(program.column("groups", degree, number), -float(room))]
         for name, length, _ in kinds:
             column = program.columns.get(("piece", name, degree, number))
             if column is not None:
