@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import attempts, preflight
+from . import attempts, exclusion, preflight
 from .errors import LaunchError, PreflightError
 from .preflight import Answer
 from .protocol import NO_PROGRESS
@@ -45,6 +45,8 @@ class Start:
     """Pattern of the files that show progress."""
     topology: str
     """`slurm` or a file."""
+    choice: exclusion.Choice | None = None
+    """What Slurm could give to a later start; None: nothing is excluded then."""
 
     @property
     def scratch(self) -> Path:
@@ -71,23 +73,41 @@ def begin(start: Start) -> list[str]:
     answers = preflight.read(start.scratch, list(start.candidates)) if start.preflight else {}
     bad = judge(start.candidates, answers) if start.preflight else {}
     good = [node for node in start.candidates if node not in bad]
+    start.scratch.mkdir(parents=True, exist_ok=True)
     lines = [f"preflight: {node} is left out: {why}" for node, why in bad.items()]
+    lines += _exclude(start, list(bad))
     if len(good) < start.nodes:
         raise PreflightError("\n".join([*lines, _too_few(start, good, bad)]))
     addresses = {node: str(answer.facts.get("topology", "")) for node, answer in answers.items()}
-    chosen = order(good, source=start.topology, addresses=addresses)[: start.nodes]
+    chosen = _proven(start, order(good, source=start.topology, addresses=addresses))
     if chosen[0] in answers and not answers[chosen[0]].facts.get("port_free", True):
         raise PreflightError(
             f"preflight: the port of the rendezvous is taken on {chosen[0]}, the first node; submit again, "
             "or set site.network.port_first to a range that nobody else uses"
         )
     lines += _strange_versions(start, answers)
-    start.scratch.mkdir(parents=True, exist_ok=True)
     (start.scratch / "hosts").write_text("".join(f"{node}\n" for node in chosen), encoding="utf-8")
     (start.folder / "launch" / "ranks.svg").write_text(picture(chosen, start.processes), encoding="utf-8")
     record = attempts.Attempt(attempt=start.attempt, time=time.time(), later=start.later, progress=now)
     attempts.append(start.folder, record)
     return [*lines, *rank_map(chosen, start.processes)]
+
+
+def _exclude(start: Start, bad: list[str]) -> list[str]:
+    """Remember who failed, and write down what later starts are to exclude."""
+    unfit = exclusion.remember(start.folder, bad)
+    away = exclusion.exclusion(unfit, start.candidates, start.choice) if unfit and start.choice else []
+    if not away:
+        return []
+    (start.scratch / exclusion.EXCLUDE).write_text(",".join(away), encoding="utf-8")
+    return [f"preflight: later starts exclude {', '.join(unfit)}"]
+
+
+def _proven(start: Start, ordered: list[str]) -> list[str]:
+    """As many nodes as the job needs; one that has failed before only where no other is left."""
+    unfit = exclusion.failed(start.folder)
+    kept = sorted(ordered, key=lambda node: node in unfit)[: start.nodes]
+    return [node for node in ordered if node in kept]
 
 
 def _strange_versions(start: Start, answers: Mapping[str, Answer]) -> list[str]:

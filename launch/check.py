@@ -6,7 +6,7 @@ from pathlib import Path
 from .errors import SpecError
 from .load import Loaded
 from .sites import Site
-from .spec import Job
+from .spec import MINUTE_S, Job
 
 
 def check(loaded: Loaded) -> Loaded:
@@ -37,7 +37,9 @@ def _filled(job: Job, site: Site) -> Job:
     processes = job.processes or max(1, devices(job, site))
     folder = str(Path(job.folder or "runs/launch").absolute())
     workdir = job.workdir or str(Path().absolute())
-    return replace(job, nodes=nodes, processes=processes, folder=folder, workdir=workdir)
+    before = job.signal.before or max(3 * MINUTE_S, int(2 * job.stop_s) + MINUTE_S)
+    signal = replace(job.signal, before=before)
+    return replace(job, nodes=nodes, processes=processes, folder=folder, workdir=workdir, signal=signal)
 
 
 def _check_counts(job: Job, site: Site) -> None:
@@ -77,10 +79,10 @@ def _check_restart(job: Job) -> None:
 
 def _check_time(job: Job, site: Site) -> None:
     before, limit = job.signal.before, job.time_limit
-    if limit and limit <= job.save_s:
+    if limit and limit <= job.stop_s:
         raise SpecError(
-            f"time_limit={limit} s is shorter than one checkpoint save of {job.save_s:.0f} s; "
-            f"set time_limit to {int(job.save_s) + before + 60} or more"
+            f"time_limit={limit} s is shorter than a step and a checkpoint save of {job.stop_s:.0f} s; "
+            f"set time_limit to {before + int(job.stop_s) + MINUTE_S} or more"
         )
     if limit and limit <= before:
         raise SpecError(
@@ -106,16 +108,16 @@ def _check_container(job: Job, site: Site) -> None:
 
 
 def warnings(job: Job, site: Site) -> list[str]:
-    """What may go wrong at a preemption; nothing here stops a launch."""
-    notes, save = [], f"a save takes {job.save_s:.0f} s"
-    if job.save_s and job.signal.before < 2 * job.save_s:
+    """What may go wrong at a stop; nothing here stops a launch."""
+    notes, stop = [], f"a step and a save take {job.stop_s:.0f} s"
+    if job.signal.before < 1.5 * job.stop_s:
         notes.append(
-            f"signal.before={job.signal.before} s, and {save} after the step at work; "
-            f"set signal.before={int(2 * job.save_s) + 60}"
+            f"signal.before={job.signal.before} s, and {stop}; "
+            f"set signal.before={int(2 * job.stop_s) + MINUTE_S}"
         )
-    if job.save_s and site.grace and site.grace < job.save_s:
+    if site.grace and site.grace < 1.5 * job.stop_s:
         notes.append(
-            f"a preempted job has {site.grace} s (site.grace), {save}: set checkpoint.background=true and "
-            "lower checkpoint.every, so that little is lost"
+            f"a preempted job has {site.grace} s (site.grace), and {stop}: only saves from before the signal "
+            "count. longctx then saves in the background all the time; another program has to do so itself"
         )
     return notes

@@ -8,7 +8,7 @@ from pathlib import Path
 HOST = "127.0.0.1"
 
 
-def torchrun(argv: Sequence[str], *, processes: int, port: int, run_id: str) -> list[str]:
+def torchrun(argv: Sequence[str], *, processes: int, port: int, run_id: str, restarts: int = 0) -> list[str]:
     """Arguments of torch.distributed.run for one machine.
 
     The rendezvous names the loopback address and says that this machine hosts it: torchrun would
@@ -19,6 +19,7 @@ def torchrun(argv: Sequence[str], *, processes: int, port: int, run_id: str) -> 
         processes: workers.
         port: of the rendezvous; 0: any free one.
         run_id: name of the rendezvous.
+        restarts: times that torchrun starts all workers again.
     """
     return [
         f"--nproc-per-node={processes}",
@@ -28,15 +29,20 @@ def torchrun(argv: Sequence[str], *, processes: int, port: int, run_id: str) -> 
         f"--rdzv-id={run_id}",
         "--rdzv-conf=is_host=true",
         f"--local-addr={HOST}",
-        "--max-restarts=0",
+        f"--max-restarts={restarts}",
         *argv,
     ]
 
 
-def agent(arguments: Sequence[str], *, log: Path) -> list[str]:
+def agent(arguments: Sequence[str], *, log: Path, python: str = sys.executable) -> list[str]:
     """Command of the process that runs torchrun, its own messages going to `log`."""
     script = Path(__file__).with_name("agent.py")
-    return [sys.executable, str(script), str(os.getpid()), str(log), *arguments]
+    return [python, str(script), str(os.getpid()), str(log), *arguments]
+
+
+def after(setup: Sequence[str], words: Sequence[str]) -> list[str]:
+    """A command after shell lines; the shell becomes the command and keeps its process id."""
+    return ["bash", "-c", "\n".join([*setup, 'exec "$@"']), "bash", *words] if setup else list(words)
 
 
 def environment(base: Mapping[str, str], *, processes: int, cores: int) -> dict[str, str]:

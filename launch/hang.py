@@ -1,18 +1,21 @@
-"""Who waits for whom: the stacks that ranks write on SIGUSR2, read side by side.
+"""Who waits for whom: what ranks write on SIGUSR2, their stacks and their last calls, read side by side.
 
 A rank whose innermost frames are a collective waits for its peers; a rank that is elsewhere is whom
 they wait for. Where all ranks are in collectives, those that differ from the most common call, or
-have called it less deep in the program, are named.
+have called it less deep in the program, are named. The calls, from torch's flight recorder, say by how
+much a rank is behind on a process group, or that it made another call than its peers.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
-STACKS = "logs/stack_{rank}.txt"
+STACKS, CALLS = "logs/stack_{rank}.txt", "logs/calls_{rank}.json"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 _WAITING = ("torch/distributed/", "parallel/comm.py")
 _THREAD = re.compile(r"^(?:Current thread|Thread) ", re.MULTILINE)
@@ -29,6 +32,22 @@ class Place:
     """First frame outside torch.distributed and parallel.comm: what it was doing."""
     call: str
     """The collective; empty where it is in none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """The newest call of a rank on a process group."""
+
+    group: str
+    """Name of the group."""
+    ranks: tuple[int, ...]
+    """Its members; empty: unknown."""
+    number: int
+    """How many collectives the rank has begun there."""
+    what: str
+    """Name and sizes."""
+    done: bool
+    """Whether it has ended."""
 
 
 def place(text: str) -> Place | None:
@@ -53,6 +72,51 @@ def read(folder: Path, world: int) -> dict[int, Place | None]:
         path = folder / STACKS.format(rank=rank)
         found[rank] = place(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
     return found
+
+
+def calls(folder: Path, world: int) -> dict[int, list[Call]]:
+    """The newest calls of every rank that has told them."""
+    found = {}
+    for rank in range(world):
+        try:
+            raw = json.loads((folder / CALLS.format(rank=rank)).read_text(encoding="utf-8"))
+            found[rank] = [_call(each) for each in raw]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _call(raw: Mapping[str, Any]) -> Call:
+    return Call(
+        group=str(raw["group"]),
+        ranks=tuple(raw["ranks"]),
+        number=int(raw["number"]),
+        what=f"{raw['call']} of {raw['sizes']}",
+        done=bool(raw["done"]),
+    )
+
+
+def unequal(found: Mapping[int, list[Call]]) -> list[str]:
+    """One line for each process group on which somebody waits and the members' last calls differ."""
+    groups: dict[str, dict[int, Call]] = {}
+    for rank, each in found.items():
+        for call in each:
+            groups.setdefault(call.group, {})[rank] = call
+    return [line for group, members in sorted(groups.items()) for line in _behind(group, members)]
+
+
+def _behind(group: str, members: Mapping[int, Call]) -> list[str]:
+    if all(call.done for call in members.values()):
+        return []
+    ahead = max(members.values(), key=lambda call: call.number)
+    where = f"group {group} (ranks {', '.join(map(str, ahead.ranks)) or 'unknown'})"
+    late = {rank: call for rank, call in members.items() if call.number < ahead.number}
+    if late:
+        words = [f"rank {rank} has got to {call.number}, {call.what}" for rank, call in late.items()]
+        return [f"{where} waits in collective {ahead.number}, {ahead.what}; {'; '.join(words)}"]
+    usual, _ = Counter(call.what for call in members.values()).most_common(1)[0]
+    other = [f"rank {rank} calls {call.what}" for rank, call in members.items() if call.what != usual]
+    return [f"{where}: collective {ahead.number} is {usual}, but {'; '.join(other)}"] if other else []
 
 
 def report(places: Mapping[int, Place | None]) -> list[str]:

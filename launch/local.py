@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -39,6 +40,20 @@ class Job:
     """Where the program writes how it ended."""
     log: Path | None = None
     """Where torchrun's own messages go; None: a temporary file."""
+    python: str = sys.executable
+    """Interpreter of torchrun and the workers."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the start."""
+    env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    """Environment of torchrun and the workers."""
+    workdir: Path | None = None
+    """Working folder; None: this one."""
+    restarts: int = 0
+    """Times that torchrun restarts all workers."""
+    time_limit_s: float = 0
+    """Seconds after which the run is killed; 0: never."""
+    before_s: float = 0
+    """Seconds before that, at which the workers are asked to stop."""
 
 
 class Stop:
@@ -47,6 +62,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
         self.interrupts = 0
+        self.late = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handler of every stop signal."""
@@ -54,6 +70,24 @@ class Stop:
         if self.interrupts == 1 and number == signal.SIGINT:
             say("stopping after this step, with a checkpoint; Ctrl-C again kills the run")
         self.asked = True
+
+
+class Clock:
+    """What a scheduler does elsewhere: asks before the time limit, kills at it."""
+
+    def __init__(self, *, limit_s: float, before_s: float) -> None:
+        self._limit_s, self._before_s = limit_s, before_s
+        self._started = time.monotonic()
+
+    def look(self, stop: Stop) -> None:
+        """Stop the run where it is time to."""
+        seconds = time.monotonic() - self._started
+        if self._limit_s and seconds > self._limit_s - self._before_s and not stop.asked:
+            say(
+                f"stopping after this step: {self._before_s:.0f} s are left of time_limit={self._limit_s:.0f}"
+            )
+            stop.asked = True
+        stop.late = stop.late or bool(self._limit_s and seconds > self._limit_s)
 
 
 def run(job: Job) -> int:
@@ -97,23 +131,24 @@ def say(text: str) -> None:
 
 def _supervise(job: Job, log: Path, stop: Stop) -> int:
     """Torchrun's exit code, negative for a signal."""
-    arguments = command.torchrun(
-        job.argv, processes=job.processes, port=job.port, run_id=f"local-{os.getpid()}"
-    )
     cores = len(os.sched_getaffinity(0))
+    agent = command.agent(_arguments(job, run_id=f"local-{os.getpid()}"), log=log, python=job.python)
     torchrun = subprocess.Popen(
-        command.agent(arguments, log=log),
-        env=command.environment(os.environ, processes=job.processes, cores=cores),
+        command.after(job.setup, agent),
+        env=command.environment(job.env, processes=job.processes, cores=cores),
+        cwd=job.workdir,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
     )
     told: set[int] = set()
+    clock = Clock(limit_s=job.time_limit_s, before_s=job.before_s)
     while True:
         try:
             return torchrun.wait(timeout=POLL_S)
         except subprocess.TimeoutExpired:
+            clock.look(stop)
             workers = processes.children(torchrun.pid) if stop.asked else []
-        if stop.interrupts > 1:
+        if stop.interrupts > 1 or stop.late:
             processes.send([*workers, torchrun.pid], signal.SIGKILL)
         processes.send([pid for pid in workers if pid not in told], signal.SIGTERM)
         told.update(workers)
@@ -121,9 +156,9 @@ def _supervise(job: Job, log: Path, stop: Stop) -> int:
 
 def _verdict(job: Job, code: int, stop: Stop, report: str) -> int:
     """The job's exit code, and a word about the cause where the program said none."""
-    if stop.interrupts > 1:
+    if stop.interrupts > 1 or stop.late:
         say("killed")
-        return 128 + signal.SIGINT
+        return 128 + (signal.SIGKILL if stop.late else signal.SIGINT)
     status = read_status(job.status) if job.status else None
     if status and (status.exit_code != DONE or code == 0):
         if status.exit_code == FAILED:
@@ -181,5 +216,12 @@ def _handlers() -> Iterator[Stop]:
 
 def dry_run(job: Job) -> Sequence[str]:
     """The equivalent command, to read or to paste."""
-    arguments = command.torchrun(job.argv, processes=job.processes, port=job.port, run_id="local")
-    return [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return command.after(
+        job.setup, [job.python, "-m", "torch.distributed.run", *_arguments(job, run_id="local")]
+    )
+
+
+def _arguments(job: Job, *, run_id: str) -> list[str]:
+    return command.torchrun(
+        job.argv, processes=job.processes, port=job.port, run_id=run_id, restarts=job.restarts
+    )

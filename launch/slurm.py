@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from . import directives
+from . import directives, exclusion
 from .errors import SpecError
 from .load import Loaded
 from .quote import check_no_credential, exports, quote, secrets, words
@@ -111,6 +111,10 @@ def _values(job: Job, site: Site, changes: Directives) -> dict[str, Any]:
         "processes": job.processes,
         "workers": job.restart.workers,
         "log_limit": job.log_limit,
+        "exclude": site.checks.enabled and not het and job.restart.mode != "never",
+        "asked": job.nodes + job.spare_nodes,
+        "sinfo": quote(exclusion.FORMAT),
+        "array": job.restart.mode == "array",
         "stage": [f"{quote(each.source)} {quote(each.target)}" for each in site.stage],
         "node_program": (TEMPLATES / "node.sh").read_text(encoding="utf-8").rstrip(),
         "srun": _srun(job, site),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from .units import BYTES, SECONDS
 
-MINUTE_S, HOUR_S = 60, 3600
+MINUTE_S = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +15,8 @@ class Signal:
 
     name: Literal["USR1", "TERM"] = "USR1"
     """Signal to the workers: they finish the step, save and leave with 64."""
-    before: int = field(default=3 * MINUTE_S, metadata=SECONDS)
-    """Seconds before the time limit."""
+    before: int = field(default=0, metadata=SECONDS)
+    """Seconds before the time limit; 0: three minutes, or more where the measured `stop_s` needs more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,5 +108,5 @@ class Job:
     """Working folder on the nodes; empty: the one of the person who submits."""
     world: int = 0
     """Processes that the program was checked for; 0: unknown."""
-    save_s: float = 0.0
-    """Measured or expected seconds of one checkpoint; 0: unknown."""
+    stop_s: float = 0.0
+    """Measured or expected seconds of a step and a checkpoint, which is what a stop takes; 0: unknown."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import exclusion
 from .errors import LaunchError, PreflightError, SpecError
 from .preflight import versions
 from .spec import Job
@@ -30,6 +31,7 @@ def submit(job: Job, script: str) -> list[str]:
     path = Path(job.folder, SCRIPT)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script, encoding="utf-8")
+    exclusion.forget(Path(job.folder))
     links = job.restart.links if job.restart.mode == "chain" else 1
     ids = [_sbatch(path, {"LAUNCH_LINK": str(link)} if links > 1 else {}) for link in range(links)]
     content = {"backend": "slurm", "ids": ids, "processes": job.processes, "versions": versions()}

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -30,7 +32,10 @@ def status(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line")
     options = parser.parse_args(argv)
     job = recorded(options.folder)
-    found = [state for job_id in job["ids"] for state in _states(job_id)]
+    if job["backend"] == "slurm":
+        found = [state for job_id in job["ids"] for state in _states(job_id)]
+    else:
+        found = [{"JobId": pid, "JobState": _here(int(pid))} for pid in job["ids"]]
     past = attempts.read(options.folder)
     end = read_status(options.folder / "status.json")
     content = {
@@ -90,9 +95,29 @@ def _signal(argv: Sequence[str], verb: str, text: str) -> int:
 def cancel(argv: Sequence[str]) -> int:
     """Cancel the job; what runs gets SIGTERM, saves within the site's grace time and does not come back."""
     options = _parser("cancel", "Stop the job for good.").parse_args(argv)
+    job = recorded(options.folder)
+    if job["backend"] == "local":
+        return _stop_here(options.folder, int(job["ids"][0]))
     for job_id in _slurm_ids(options.folder):
         _scancel([job_id])
         print(f"job {job_id} is cancelled")
+    return DONE
+
+
+def _here(pid: int) -> str:
+    """Whether a launcher of this machine is still at work."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return "has ended"
+    return "RUNNING" if b"launch" in words and b"local" in words else "has ended"
+
+
+def _stop_here(folder: Path, pid: int) -> int:
+    if _here(pid) != "RUNNING":
+        raise SpecError(f"the run of {folder} has ended, or runs on another machine; nothing to cancel here")
+    os.kill(pid, signal.SIGTERM)
+    print(f"process {pid} saves and stops")
     return DONE
 
 
@@ -112,7 +137,7 @@ def hang(argv: Sequence[str]) -> int:
     if not world:
         raise SpecError(f"{options.folder}/logs holds no stacks; send SIGUSR2 to the ranks, or name --world")
     places = hanging.read(options.folder, world)
-    print("\n".join(hanging.report(places)))
+    print("\n".join([*hanging.report(places), *hanging.unequal(hanging.calls(options.folder, world))]))
     return DONE if all(places.values()) else FAILED
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import attend as attending
+from .. import exclusion
 from .. import preflight as checking
 from ..begin import Start
 from ..begin import begin as begin_attempt
@@ -43,8 +44,15 @@ def begin(argv: Sequence[str]) -> int:
     for name in ("later", "nodes", "processes", "no-progress"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--preflight", action="store_true")
+    parser.add_argument("--partition", type=Path, help="what sinfo says about the nodes there are")
+    parser.add_argument("--asked", type=int, default=0, help="nodes that the job asks for, with spares")
+    parser.add_argument("--excluded", default="", help="nodes that the job excludes")
     options = vars(parser.parse_args(argv))
     options["candidates"] = options["candidates"].split()
+    partition, asked, excluded = (options.pop(name) for name in ("partition", "asked", "excluded"))
+    if partition:
+        nodes = partition.read_text(encoding="utf-8").splitlines()
+        options["choice"] = exclusion.Choice(asked=asked, nodes=nodes, excluded=excluded.split())
     for line in begin_attempt(Start(**options)):
         print(line, flush=True)
     return DONE

@@ -7,20 +7,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import check, preflight
+from .. import check, here, preflight
 from .. import examples as rendering
+from ..load import load
 from ..protocol import DONE, PREFLIGHT_FAILED
 from . import slurm
 
 
 def shape(argv: Sequence[str]) -> int:
-    """Print the nodes, processes and devices that a job and a site make."""
+    """Print the nodes, processes and devices that a job and a site make, and the site's grace time."""
     parser = argparse.ArgumentParser(prog="launch shape")
     slurm.add_spec(parser)
-    loaded = slurm.spec(parser.parse_args(argv), [])
+    parser.add_argument("--here", action="store_true", help="refuse what this machine alone cannot do")
+    options = parser.parse_args(argv)
+    asked = load(options.job, options.site, options.set).job.processes > 0
+    loaded = slurm.spec(options, [])
     job = loaded.job
-    devices = check.devices(job, loaded.site)
-    print(json.dumps({"nodes": job.nodes, "processes": job.processes, "devices": devices}))
+    if options.here:
+        here.job_here(loaded)
+    devices, grace = check.devices(job, loaded.site), loaded.site.grace
+    content: dict[str, int] = {"nodes": job.nodes, "processes": job.processes, "devices": devices}
+    print(json.dumps(content | {"grace": grace, "chosen": devices > 0 or asked}))
     return DONE
 
 

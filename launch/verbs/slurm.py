@@ -19,14 +19,14 @@ def add_spec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of either")
     parser.add_argument("--folder", default="", help="run folder, on a file system that all nodes share")
     parser.add_argument("--world", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--save-s", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--stop-s", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print what would be started and stop")
 
 
 def spec(options: argparse.Namespace, program: Sequence[str]) -> Loaded:
     """Job and site, checked."""
     values: dict[str, Any] = {}
-    for name, value in (("world", options.world), ("save_s", options.save_s), ("folder", options.folder)):
+    for name, value in (("world", options.world), ("stop_s", options.stop_s), ("folder", options.folder)):
         if value:
             values[name] = value
     if program:

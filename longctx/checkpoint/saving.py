@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -53,6 +54,8 @@ class _Job:
     """Rank 0: the checkpoint counts."""
     cancelled: threading.Event
     """Rank 0: nobody waits for the other ranks any more."""
+    begun: float
+    """Clock at its start."""
 
 
 class Saver:
@@ -69,6 +72,8 @@ class Saver:
         self._share: Share | None = None
         self._staging = Staging()
         self._job: _Job | None = None
+        self.seconds = 0.0
+        """Rank 0: what the newest save took until it counted; 0: there was none."""
 
     def save(self, *, background: bool = False) -> Where:
         """Write the run's present state.
@@ -81,7 +86,7 @@ class Saver:
                 Earlier checkpoints are untouched and nothing half-written is left behind.
         """
         self.wait()
-        run = self._run
+        run, begun = self._run, time.perf_counter()
         name = step_name(run.progress.step)
         target = self._folder.folder(name)
         with together(run, f"looking for {target.where}"):
@@ -97,7 +102,7 @@ class Saver:
                     self._prepare(where)
             with together(run, f"staging {where.where}"):
                 items = self._staging.copy(run, self._share) if background else in_place(run, self._share)
-        self._job = self._start(where, name, items)
+        self._job = self._start(where, name, items, begun=begun)
         if not background:
             self.wait()
         return target.where
@@ -146,10 +151,15 @@ class Saver:
             )
         where.make()
 
-    def _start(self, where: Folder, final: str, items: list[Item]) -> _Job:
+    def _start(self, where: Folder, final: str, items: list[Item], *, begun: float) -> _Job:
         run = self._run
         job = _Job(
-            where=where, final=final, written=Future(), committed=Future(), cancelled=threading.Event()
+            where=where,
+            final=final,
+            written=Future(),
+            committed=Future(),
+            cancelled=threading.Event(),
+            begun=begun,
         )
         coded = run.config.checkpoint.codec == "zstd"
         state, rng, rank = self._state(), get_rng(), run.world.rank
@@ -206,6 +216,7 @@ class Saver:
         keep, every = config.checkpoint.keep, config.checkpoint.milestone_every
         for old in prunable(list_checkpoints(self._folder.where), keep=keep, milestone_every=every):
             remove(old)
+        self.seconds = time.perf_counter() - job.begun
 
 
 class _CleanedUp:

@@ -5,7 +5,6 @@ from pathlib import Path
 from ..errors import ConfigError
 
 STATUS = "status.json"
-TORCHRUN_LOG = "logs/torchrun.log"
 TRACES = ("metrics.jsonl", "ckpt")
 
 

@@ -21,8 +21,9 @@ from ..errors import ConfigError
 from ..protocol import BAD_INPUT, FAILED
 from ..pulse import Pulse
 from ..recovery.channel import Channel
+from . import standing
 from .arguments import parse
-from .worker import answer_with_stacks, device_type
+from .worker import device_type
 
 PR_SET_PDEATHSIG = 1
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     told = channel.assignment()
     place = Place(**{name: told[name] for name in Place.__dataclass_fields__})
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank))
-    answer_with_stacks(Path(config.run.dir, "logs"), place.rank)
+    standing.answer(Path(config.run.dir, "logs"), place.rank)
     memory = Memory()
     if arguments.options.faults:
         faults = Faults.read(arguments.options.faults, rank=place.rank)

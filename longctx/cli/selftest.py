@@ -41,10 +41,8 @@ def selftest(options: Namespace) -> int:
     become_launcher(
         [
             "local",
-            f"--processes={processes}",
-            "--port=0",
-            f"--status={folder / 'status.json'}",
-            f"--log={folder / 'torchrun.log'}",
+            f"--set=processes={processes}",
+            f"--folder={folder}",
             "--",
             *("-m", "longctx", "doctor", "--selftest", f"--folder={folder}"),
             *(flags + ([f"--write={options.write}"] if options.write else [])),

@@ -8,9 +8,9 @@ from typing import NoReturn
 
 from ..config.check import resolve
 from ..config.load import LoadedConfig
+from ..config.schema import Config
 from ..errors import ConfigError
 from ..origin import intruder
-from .folder import STATUS, TORCHRUN_LOG
 from .machine import choose_local, pinned
 
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -26,14 +26,17 @@ def start(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[st
     become_launcher(launcher(verb, loaded, folder=folder, options=options))
 
 
-def launcher(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[str] = ()) -> list[str]:
+def launcher(
+    verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence[str] = (), starts: bool = True
+) -> list[str]:
     """Check the configuration for this machine and prepare the data.
 
     Args:
         verb: the verb that the workers run.
         loaded: its configuration.
-        folder: where the status file and torchrun's log go.
+        folder: run folder, where the status file and torchrun's log go.
         options: the verb's own options.
+        starts: whether the run is to start, for which the data is prepared.
 
     Returns:
         Arguments of `python -m launch`.
@@ -45,21 +48,26 @@ def launcher(verb: str, loaded: LoadedConfig, *, folder: Path, options: Sequence
     local = choose_local(loaded.config)
     config, found = pinned(loaded.config, local)
     resolve(config, local.processes, local.device, node_ranks=local.processes)
+    if starts:
+        prepare_data(config)
+    program = ["-m", "longctx", verb, *loaded.files, *loaded.overrides, *found, *options]
+    return [
+        "local",
+        f"--set=processes={local.processes}",
+        f"--port={config.run.port}",
+        f"--folder={folder}",
+        "--",
+        *program,
+    ]
+
+
+def prepare_data(config: Config) -> None:
+    """Prepare the documents before any rank starts, and describe them where that was needed."""
     from ..data.prepare import describe, prepare
 
     prepared = prepare(config.data, progress=True)
     if prepared.created:
         print(describe(prepared, config.data.seq_len))
-    program = ["-m", "longctx", verb, *loaded.files, *loaded.overrides, *found, *options]
-    return [
-        "local",
-        f"--processes={local.processes}",
-        f"--port={config.run.port}",
-        f"--status={folder / STATUS}",
-        f"--log={folder / TORCHRUN_LOG}",
-        "--",
-        *program,
-    ]
 
 
 def check_packages() -> None:

@@ -1,8 +1,6 @@
 """One process of a group that torchrun started."""
 
-import faulthandler
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from ..config.load import LoadedConfig
 from ..config.schema import Config
 from ..errors import ConfigError, DataError
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE, write_status
+from . import standing
 from .rendezvous import torchrun_world
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
         The exit code of this rank.
     """
     rank = int(os.environ["RANK"])
-    answer_with_stacks(status.parent / "logs", rank)
+    standing.answer(status.parent / "logs", rank)
     if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         status.unlink(missing_ok=True)  # what the workers said whom torchrun has replaced
     try:
@@ -48,12 +47,6 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
     elif code not in (DONE, REQUEUE) and write_status(status, code, rank=rank, error="see its log"):
         print(f"error: rank {rank} ended with exit code {code}; see its log", file=sys.stderr, flush=True)
     return code
-
-
-def answer_with_stacks(folder: Path, rank: int) -> None:
-    """On SIGUSR2 this rank writes where it stands, for `longctx launch hang`; it goes on undisturbed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    faulthandler.register(signal.SIGUSR2, (folder / f"stack_{rank}.txt").open("w"), all_threads=True)
 
 
 def _resolved(loaded: LoadedConfig) -> Config:

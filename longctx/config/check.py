@@ -144,6 +144,7 @@ _LOWEST = {
     "train.max_grad_norm": 0,
     "train.weight_decay": 0,
     "checkpoint.every": 0,
+    "checkpoint.grace_s": 0,
 }
 _BELOW_ONE = ("data.held_out", "model.dropout", "train.beta1", "train.beta2")
 _UP_TO_ONE = ("train.min_lr_ratio", "train.decay_fraction")

@@ -286,6 +286,9 @@ class CheckpointConfig:
     """Folder of the checkpoints, or an fsspec URL such as `s3://bucket/run`; `auto`: `ckpt` in `run.dir`."""
     background: bool = True
     """Train on while a copy of the state in host memory is written; false: wait until it is on disk."""
+    grace_s: float = 0.0
+    """Seconds between a stop signal and the kill; 0: unknown. Where a step and a save take longer, the run
+    saves in the background all the time, whatever `every` says. Launchers set it from `site.grace`."""
     codec: Literal["none", "zstd"] = "none"
     """zstd: smaller files without loss, exponents and mantissas packed apart; slower to write and read."""
     init_from: str = ""

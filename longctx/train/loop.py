@@ -36,6 +36,7 @@ from .goodput import Goodput
 from .report import box, opening
 from .row import make_row
 from .run_folder import METRICS, RunFolder
+from .saves import Saves
 from .schedule import learning_rate
 from .sinks import COMPUTED, JsonlSink, Row, Sink, TerminalSink, WandbSink
 from .step import StepResult, evaluate, train_step
@@ -68,8 +69,7 @@ class Session:
     run: Run
     out: Outlets
     members: Members
-    saver: checkpoint.Saver
-    saved: Path | str | None = None
+    saves: Saves
 
 
 def train(config: Config, members: Members) -> int:
@@ -130,7 +130,7 @@ def _abandon(run: Run | None, session: Session | None, members: Members) -> None
     """Let go of a run whose ranks are not all there any more; nothing here waits for them."""
     members.close()
     if session is not None:
-        session.saver.abandon()
+        session.saves.abandon()
     if run is not None:
         run.close()
     elif dist.is_initialized():
@@ -144,7 +144,7 @@ def _open(run: Run, members: Members, out: Outlets) -> Session:
     found = _resumed(run, members, out) if resumes else None
     if restored is None and found is None and run.config.checkpoint.init_from:
         begin(run, run.config.checkpoint.init_from)
-    session = Session(run=run, out=out, members=members, saver=checkpoint.Saver(run), saved=found)
+    session = Session(run=run, out=out, members=members, saves=Saves(run, out.folder, found=found))
     if restored is None:
         _introduce(session, found)
     elif out.sinks is None:
@@ -212,9 +212,10 @@ def _steps(session: Session) -> int:
         result = _one_step(session)
         done = run.progress.step
         last = done == config.train.steps
-        row, behind = make_row(
-            run, result, time.perf_counter() - started, peak=out.peak, behind=session.members.behind()
-        )
+        seconds, behind = time.perf_counter() - started, session.members.behind()
+        save_s = session.saves.measured_s
+        row, behind, save_s = make_row(run, result, seconds, peak=out.peak, behind=behind, save_s=save_s)
+        session.saves.saw(step_s=row["step_time_s"], save_s=save_s)
         for source in set(_spent(run)) - set(spent):
             out.folder.event("exhausted", step=done, source=source)
             spent.append(source)
@@ -240,8 +241,8 @@ def _finish_step(session: Session, row: Row | None, *, stops: bool = False) -> N
         last or "held_out_loss" in row or "eval_s" in row or done % config.metrics.log_every == 0
     ):
         _write(session, row)
-    if done and (last or (config.checkpoint.every and done % config.checkpoint.every == 0)):
-        _save(session, last=last)
+    if done and (last or session.saves.due(done)):
+        session.saves.save(last=last)
 
 
 def _due(every: int, tokens: int, new: int) -> bool:
@@ -276,8 +277,9 @@ def _one_step(session: Session) -> StepResult:
             try:
                 answer(run, spike, session.members, session.out.folder)
             except TrainingDiverged as error:
-                session.saver.wait()
-                raise TrainingDiverged(f"{error}. Last good checkpoint: {session.saved or 'none'}") from spike
+                session.saves.wait()
+                newest = session.saves.newest or "none"
+                raise TrainingDiverged(f"{error}. Last good checkpoint: {newest}") from spike
 
 
 def _write(session: Session, row: Row) -> None:
@@ -286,20 +288,10 @@ def _write(session: Session, row: Row) -> None:
         sink.write(row)
 
 
-def _save(session: Session, *, last: bool) -> None:
-    """Save; in the background while there are steps to come. `stall_s` is what training waited."""
-    session.run.pulse("checkpoint")
-    started = time.perf_counter()
-    background = session.run.config.checkpoint.background and not last
-    path = session.saver.save(background=background)
-    stall = round(time.perf_counter() - started, 4)
-    session.out.folder.event("checkpoint", step=session.run.progress.step, path=str(path), stall_s=stall)
-    session.saved = path
-
-
 def _leave(session: Session, code: int) -> None:
     """The last words of a run that ended well or was asked to stop."""
-    figures: dict[str, Any] = session.out.last | {"checkpoint": session.saved and str(session.saved)}
+    newest = session.saves.newest
+    figures: dict[str, Any] = session.out.last | {"checkpoint": newest and str(newest)}
     session.out.folder.event("end", exit_code=code, step=session.run.progress.step)
     session.out.folder.finish(code, **figures)
     if session.run.world.rank == 0:

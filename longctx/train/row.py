@@ -12,9 +12,9 @@ from .step import StepResult
 
 
 def make_row(
-    run: Run, result: StepResult, seconds: float, *, peak: float | None, behind: bool
-) -> tuple[Row, bool]:
-    """The step's metrics, and whether any rank's last generation is still on its way.
+    run: Run, result: StepResult, seconds: float, *, peak: float | None, behind: bool, save_s: float
+) -> tuple[Row, bool, float]:
+    """The step's metrics; whether any rank's last generation is still on its way; the newest save's seconds.
 
     Args:
         run: after the step.
@@ -22,11 +22,13 @@ def make_row(
         seconds: that it took on this rank.
         peak: FLOP/s of one rank, as `throughput.peak_flops`.
         behind: whether this rank's last generation is still on its way.
+        save_s: of the newest save, where this rank knows it, else 0.
     """
     step = run.progress.step - 1
     lengths = throughput.step_lengths(run, step)
     memory = _peak_memory_gib(run.world.device)
-    seconds, wait, memory, late = _slowest(run, seconds, run.loader.wait_s, memory, float(behind))
+    wait = run.loader.wait_s
+    seconds, wait, memory, late, save_s = _slowest(run, seconds, wait, memory, float(behind), save_s)
     flops = throughput.step_flops(run, step)
     row = {
         "step": run.progress.step,
@@ -45,7 +47,7 @@ def make_row(
         **run.loader.figures(),
         **result.groups,
     }
-    return row, late > 0
+    return row, late > 0, save_s
 
 
 def _slowest(run: Run, *values: float) -> list[float]:

@@ -40,7 +40,7 @@ def fake(monkeypatch, tmp_path):
     def run(program, *, status=True, log=True):
         where = {"status": tmp_path / "run" / "status.json", "log": tmp_path / "logs" / "torchrun.log"}
 
-        def agent(arguments, *, log):
+        def agent(arguments, *, log, python):
             return [sys.executable, "-c", program, str(where["status"]), str(log)]
 
         monkeypatch.setattr(command, "agent", agent)
@@ -136,7 +136,7 @@ def test_a_taken_port_is_refused_before_the_start(fake, capfd):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["local", "--processes=1", f"--port={port}", "--", "x.py"]) == 3
+        assert main(["local", "--set=processes=1", f"--port={port}", "--", "x.py"]) == 3
     stderr = capfd.readouterr().err
     assert f"port {port}" in stderr and "Address already in use" in stderr and "run.port" in stderr
     assert local.port_problem(port) is None
@@ -185,7 +185,7 @@ def test_everything_after_the_first_dashes_is_the_program():
 
 
 @pytest.mark.parametrize(
-    "argv", [["local", "--processes=2"], ["local", "--processes=0", "--", "x"], ["slurm"], ["torchrun"]]
+    "argv", [["local", "--set=processes=2"], ["local", "--processes=2", "--", "x"], ["slurm"], ["torchrun"]]
 )
 def test_a_wrong_command_line_ends_with_2(argv, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -199,7 +199,7 @@ def test_an_unknown_verb_names_the_closest(capsys):
 
 
 def test_a_dry_run_prints_the_command_and_starts_nothing(capsys):
-    assert main(["local", "--processes=2", "--dry-run", "--", "-m", "longctx", "train", "a b.yaml"]) == 0
+    assert main(["local", "--set=processes=2", "--dry-run", "--", "-m", "longctx", "train", "a b.yaml"]) == 0
     printed = capsys.readouterr().out
     assert "torch.distributed.run" in printed and "'a b.yaml'" in printed
 

@@ -20,17 +20,17 @@ def start(tmp_path):
     """Start the launcher with two workers in a mode; whatever is left is killed afterwards."""
     started = []
 
-    def start(mode):
+    def start(mode, *options):
         command = [
             sys.executable,
             "-m",
             "launch",
             "local",
-            "--processes=2",
-            f"--status={tmp_path}/status.json",
+            "--set=processes=2",
+            f"--folder={tmp_path}",
         ]
         process = subprocess.Popen(
-            [*command, f"--log={tmp_path}/torchrun.log", "--", str(WORKER), str(tmp_path), mode],
+            [*command, *options, "--", str(WORKER), str(tmp_path), mode],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,7 +77,7 @@ def test_the_programs_exit_code_and_words_pass_through(start, tmp_path):
     assert code == 2
     assert "speaks" in stderr  # the first to end may be the only one that spoke
     assert "ChildFailedError" not in stderr and "earlier run" not in stderr
-    assert "ChildFailedError" in (tmp_path / "torchrun.log").read_text()
+    assert "ChildFailedError" in (tmp_path / "logs" / "torchrun.log").read_text()
     env = json.loads((tmp_path / "env.0").read_text())
     assert env["WORLD_SIZE"] == "2" and env["MASTER_ADDR"] == "127.0.0.1"
 

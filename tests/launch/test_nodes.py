@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import attempts, hang, preflight, topology
+from launch import attempts, exclusion, hang, preflight, topology
 from launch.__main__ import main
 from launch.attempts import Attempt
 from launch.attend import shrink
@@ -112,6 +112,43 @@ def test_spares_step_in_and_too_few_nodes_end_the_attempt(tmp_path):
     assert "<svg" in (tmp_path / "launch" / "ranks.svg").read_text()
     with pytest.raises(PreflightError, match="2 of 3 nodes are fit, the job needs 3"):
         begin(start(tmp_path, preflight=True, nodes=3))
+
+
+KIND = "|gpu|(null)|8|1000|"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "excluded", "away"),
+    [
+        (["n1|gpu|(null)|8|1000|mix", f"n2{KIND}mix", f"n3{KIND}idle"], 2, [], ["n1"]),
+        (["n1|gpu|(null)|8|1000|mix", f"n2{KIND}mix", f"n3{KIND}idle"], 3, [], []),
+        ([f"n1{KIND}mix", f"n2{KIND}mix", f"n3{KIND}down*"], 2, [], []),
+        ([f"n1{KIND}mix", f"n2{KIND}mix", "n3|cpu|(null)|8|1000|idle"], 2, [], []),
+        ([f"n1{KIND}mix", f"n2{KIND}mix", f"n3{KIND}idle"], 2, ["n3"], []),
+        ([f"n1{KIND}mix", f"n2{KIND}mix", f"n3{KIND}idle", f"n4{KIND}idle"], 2, ["n3"], ["n3", "n1"]),
+        ([f"n1{KIND}mix", f"n2{KIND}mix", f"n3{KIND}idle"], 2, ["n1"], []),
+    ],
+)
+def test_who_failed_is_excluded_where_enough_of_the_same_kind_are_left(nodes, asked, excluded, away):
+    choice = exclusion.Choice(asked=asked, nodes=nodes, excluded=excluded)
+    assert exclusion.exclusion(["n1"], ["n1", "n2"], choice) == away
+
+
+def test_a_node_that_failed_before_comes_last(tmp_path):
+    scratch = tmp_path / "launch" / "7.0"
+    scratch.mkdir(parents=True)
+    for node, problems in {"n1": ("bad",), "n2": (), "n3": ()}.items():
+        preflight.write(answer(node, problems=problems), scratch)
+    choice = exclusion.Choice(asked=3, nodes=[], excluded=[])
+    begin(start(tmp_path, preflight=True, choice=choice))
+    preflight.write(answer("n1"), scratch)  # it is well again
+    begin(start(tmp_path, preflight=True, later=1))
+    assert (scratch / "hosts").read_text() == "n2\nn3\n"
+    begin(start(tmp_path, preflight=True, later=2, nodes=3, no_progress=9))
+    assert (scratch / "hosts").read_text() == "n1\nn2\nn3\n" and not (scratch / "exclude").exists()
+    exclusion.forget(tmp_path)
+    begin(start(tmp_path, preflight=True))
+    assert (scratch / "hosts").read_text() == "n1\nn2\n"
 
 
 def test_a_taken_port_and_another_image_are_named(tmp_path):

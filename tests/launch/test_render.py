@@ -186,4 +186,5 @@ def test_torchrun_prints_the_lines_and_starts_nothing(capsys, tmp_path):
 
 def test_the_shape_is_told_as_json(capsys):
     assert main(["shape", "--site=slurm", "--set=nodes=3"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"nodes": 3, "processes": 8, "devices": 8}
+    shape = {"nodes": 3, "processes": 8, "devices": 8, "grace": 30, "chosen": True}
+    assert json.loads(capsys.readouterr().out) == shape

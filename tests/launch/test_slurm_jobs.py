@@ -87,10 +87,12 @@ def test_without_a_spare_a_bad_node_ends_the_job_with_3(slurm, job):
     assert "1 of 2 nodes are fit" in log(job.folder) and "exclude=n1" in log(job.folder)
 
 
-def test_64_requeues_and_the_next_attempt_resumes(slurm, job):
-    (job_id,) = job("again:2", argv=["x"])
+def test_64_requeues_and_the_next_attempt_resumes_without_the_node_that_failed(slurm, job):
+    (job_id,) = job("again:2", "--set=spare_nodes=1", argv=["x"], bad=",n1,")
     slurm.wait(lambda: slurm.restarted(job_id), 40)
-    assert ended(slurm, job_id)["JobState"] == "COMPLETED"
+    state = ended(slurm, job_id)
+    assert state["JobState"] == "COMPLETED" and state["ExcNodeList"] == "n1" and state["NodeList"] == "n[2-3]"
+    assert "later starts exclude n1" in log(job.folder) and log(job.folder).count("n1 is left out") == 1
     assert [line["argv"] for line in lines(job.folder)] == [["x"], ["x", "run.resume=true"]]
     assert [line["restart"] for line in lines(job.folder)] == [0, 1]
     ends = [each.exit_code for each in read_attempts(job.folder) if each.exit_code is not None]
@@ -98,17 +100,18 @@ def test_64_requeues_and_the_next_attempt_resumes(slurm, job):
 
 
 def test_an_array_goes_on_until_done_and_no_further(slurm, job):
-    (job_id,) = job("again:2", "--set=restart={mode: array, links: 3}")
+    (job_id,) = job("again:2", "--set=spare_nodes=1", "--set=restart={mode: array, links: 3}", bad=",n1,")
     slurm.wait(lambda: not slurm.run("squeue", "-h", "-j", job_id).strip(), 50)
+    assert log(job.folder).count("n1 is left out") == 1
     argvs = [line["argv"] for line in lines(job.folder)]
     assert argvs == [[], ["run.resume=true"]]
     assert "nothing is left to do" in log(job.folder)
 
 
 def test_a_chain_goes_on_until_done_and_no_further(slurm, job):
-    ids = job("again:2", "--set=restart={mode: chain, links: 3}")
+    ids = job("again:2", "--set=spare_nodes=1", "--set=restart={mode: chain, links: 3}", bad=",n1,")
     assert len(ids) == 3
-    ended(slurm, ids[-1])
+    assert ended(slurm, ids[-1])["ExcNodeList"] == "n1"
     assert [line["argv"] for line in lines(job.folder)] == [[], ["run.resume=true"]]
 
 

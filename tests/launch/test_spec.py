@@ -46,7 +46,7 @@ def test_a_wrong_key_or_value_is_named(change, words):
         (["site.devices=4", "processes=5"], "processes=5 of one node exceed its 4 devices"),
         (["site.devices=4", "devices=8"], "devices=8 exceeds site.devices=4"),
         (["nodes=0"], "nodes=0; choose at least 1"),
-        (["time_limit=100", "save_s=200.0"], "shorter than one checkpoint save of 200 s"),
+        (["time_limit=100", "stop_s=200.0"], "shorter than a step and a checkpoint save of 200 s"),
         (["time_limit=100"], "not above signal.before=180"),
         (["restart.mode=chain"], "choose at least 2"),
         (["groups=[{nodes: 1}]", "spare_nodes=1"], "spare_nodes"),
@@ -86,12 +86,18 @@ def test_defaults_are_filled_in():
     assert loaded("devices=0", "site.devices=8").job.processes == 1
 
 
-def test_the_preemption_budget_is_compared_with_the_measured_save():
-    job = loaded("site.grace=30", save_s=100.0)
+def test_the_measured_stop_decides_when_the_signal_comes():
+    assert loaded("time_limit=1h").job.signal.before == 180
+    job = loaded("time_limit=1h", stop_s=100.0)
+    assert job.job.signal.before == 260 and warnings(job.job, job.site) == []
+
+
+def test_a_stop_that_takes_longer_than_there_is_time_is_told():
+    job = loaded("site.grace=30", "signal.before=120", stop_s=100.0)
     notes = warnings(job.job, job.site)
-    assert any("signal.before=260" in note for note in notes)
-    assert any("checkpoint.background=true" in note for note in notes)
-    assert warnings(loaded("site.grace=30", save_s=2.0).job, job.site) == []
+    assert any("set signal.before=260" in note for note in notes)
+    assert any("30 s (site.grace)" in note and "saves in the background" in note for note in notes)
+    assert warnings(loaded("site.grace=30", stop_s=2.0).job, job.site) == []
 
 
 @pytest.mark.parametrize(

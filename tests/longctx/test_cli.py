@@ -187,7 +187,7 @@ def test_train_becomes_the_launcher(capsys, corpus, monkeypatch, tmp_path):
     assert path == sys.executable
     program = argv[argv.index("--") + 1 :]
     assert argv[1:4] == ["-m", "launch", "local"]
-    assert "--processes=2" in argv and f"--status={tmp_path}/run/status.json" in argv
+    assert "--set=processes=2" in argv and f"--folder={tmp_path}/run" in argv
     assert program[:4] == ["-m", "longctx", "train", "quickstart"]
     # the workers are told what was found here, so that they resolve to the same layout
     assert program[-2:] == ["run.device=cuda", f"run.device_memory={16 * 1024**3}"]
@@ -239,7 +239,27 @@ def test_a_taken_port_ends_with_3(corpus):
     assert "Address already in use" in done.stderr
 
 
+def test_launch_local_takes_the_job_and_the_site(capsys, corpus, monkeypatch, tmp_path):
+    seen = []
+
+    def execv(path, argv):
+        seen.append(argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(start_module.os, "execv", execv)
+    monkeypatch.chdir(ROOT)
+    spec = ["--site=workstation", "--set=processes=3", "--set=site.grace=40"]
+    with pytest.raises(SystemExit):
+        main(["launch", "local", "quickstart", *spec, "--dry-run", *corpus])
+    at = seen[0].index("--")
+    assert all(each in seen[0][:at] for each in ["local", *spec, "--dry-run", f"--folder={tmp_path}/run"])
+    assert {"run.processes=3", "checkpoint.grace_s=40"} <= set(seen[0][at:])
+    with pytest.raises(SystemExit) as refused:
+        main(["launch", "local", "quickstart", "--set=nodes=2", *corpus])
+    assert refused.value.code == 2 and not (tmp_path / "run").exists()
+
+
 def test_launch_is_the_launcher():
-    done = longctx("launch", "local", "--processes=2", "--dry-run", "--", "x.py", "y")
+    done = longctx("launch", "local", "--set=processes=2", "--dry-run", "--", "x.py", "y")
     assert done.returncode == 0
     assert done.stdout.rstrip().endswith("x.py y")

@@ -1,0 +1,57 @@
+"""How often a run saves where a stop leaves too little time for a step and a save."""
+
+import json
+
+import pytest
+from ranks import run_ranks
+from tiny import make_config, make_world, write_corpus
+
+from longctx.config.schema import CheckpointConfig
+from longctx.train.saves import interval
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "background", "steps"),
+    [
+        (0, True, 0),  # nothing is known
+        (100, True, 0),  # 1.5 times 42 s fit
+        (60, True, 40),  # 2 x 40 s of saving at 2 s a step
+        (60, False, 400),  # the steps wait: a twentieth of the time
+    ],
+)
+def test_saves_that_do_not_fit_the_grace_time_are_made_all_the_time(grace_s, background, steps):
+    config = CheckpointConfig(grace_s=grace_s, background=background)
+    assert interval(config, step_s=2.0, save_s=40.0) == steps
+
+
+def test_a_step_longer_than_its_save_is_followed_by_one():
+    assert interval(CheckpointConfig(grace_s=1), step_s=90.0, save_s=1.0) == 1
+
+
+def train_rank(rank, size, base, name, extra):
+    from longctx.recovery.members import Fixed
+    from longctx.train.loop import train
+
+    config = make_config(base, name, size=size, layout={"dp_shard": size}, extra=extra)
+    (base / name).mkdir(exist_ok=True)
+    return train(config, Fixed(make_world(base / name, rank, size)))
+
+
+def test_a_run_that_could_not_save_in_time_has_always_saved(tmp_path):
+    write_corpus(tmp_path / "docs")
+    found = {}
+    for name, grace in {"ample": 3600.0, "short": 1e-6}.items():
+        extra = (f"checkpoint.grace_s={grace}", "train.steps=16", "train.eval_every=0")
+        assert run_ranks(train_rank, 2, tmp_path, name, extra, init=False) == [0, 0]
+        events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        found[name] = [event for event in events if event["kind"] in ("checkpoint", "pace")]
+    assert [event["step"] for event in found["ample"]] == [1, 16]
+    assert found["ample"][-1]["save_s"] > 0
+    pace = next(event for event in found["short"] if event["kind"] == "pace")
+    steps = [event["step"] for event in found["short"] if event["kind"] == "checkpoint"]
+    assert steps[0] == 1 and steps[-1] == 16 and len(steps) > 2 and pace["every"] >= 1
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in found
+    ]
+    assert losses[0] == losses[1]
