@@ -2,9 +2,8 @@
 
 Render: `launch slurm --dry-run` as a process, with Python's own start. Goal < 0.3 s.
 First step: `longctx launch local` of the tiny recipe on two processes, to the first line of metrics.jsonl.
-64 nodes: what one node does before torch is imported: preflight and the start of a worker up to the import,
-under strace where that is installed (file-system calls of one rank; on a shared file system 64 x 8 ranks make
-as many times that), and the seconds of each part.
+Start: 64 nodes at once, played by this machine, until their ranks have imported torch, beside one node alone;
+and the file-system calls of a rank, under strace where it is installed (`_launch_start.py`: what is real).
 Slurm (tests/support/slurm_cluster.py, three nodes on this machine): seconds from `scancel --signal=USR1`, and
 from `kill -9` of a slurmd, to the first step of the resumed run; Slurm's own share (the hold after a requeue,
 the time to notice a lost node) is told apart.
@@ -12,7 +11,6 @@ the time to notice a lost node) is told apart.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from _launch_start import start
 from harness import Figure, median
 
 sys.path.insert(0, str(harness.ROOT / "tests" / "support"))
@@ -28,6 +27,7 @@ sys.path.insert(0, str(harness.ROOT / "tests" / "support"))
 import slurm_cluster
 from tiny import overrides, write_corpus
 
+NODES = 64
 LAYOUT = {"dp_shard": 2}
 RUN = (
     "train.steps=400",
@@ -37,8 +37,6 @@ RUN = (
     "metrics.log_every=1",
 )
 SITE = "checks: {disk: 1MiB, shm: 1MiB}\nnetwork: {interface: lo}\nenv: {OMP_NUM_THREADS: '1'}\n"
-IMPORTS = "import sys, longctx.__main__, longctx.config.load, longctx.cli.train, longctx.cli.worker"
-NO_STRACE = "strace is not installed"
 
 
 def python(*words: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -71,37 +69,6 @@ def first_step(base: Path) -> dict[str, Figure]:
     seconds = time.perf_counter() - begin
     run.wait(timeout=120)
     return {"local_first_step_s": Figure(seconds, "s", "longctx launch local, two processes")}
-
-
-def one_node(base: Path) -> dict[str, Figure]:
-    """What a node does before torch."""
-    started = time.perf_counter()
-    python("-m", "launch", "preflight", f"--out={base}")
-    preflight = time.perf_counter() - started
-    started = time.perf_counter()
-    python("-c", IMPORTS)
-    figures = {
-        "preflight_s": Figure(preflight, "s", "one node's preflight, Python's start included"),
-        "to_torch_s": Figure(time.perf_counter() - started, "s", "a worker up to the import of torch"),
-    }
-    for name, words in {
-        "preflight": ["-m", "launch", "preflight", f"--out={base}"],
-        "worker": ["-c", IMPORTS],
-    }.items():
-        calls = file_calls(words, base)
-        note = f"{name}: file-system calls of one process before torch; x 512 for 64 nodes of 8"
-        figures[f"{name}_file_calls"] = Figure(calls, "count", note if calls is not None else NO_STRACE)
-    return figures
-
-
-def file_calls(words: list[str], base: Path) -> int | None:
-    """File-system calls of a Python program."""
-    if shutil.which("strace") is None:
-        return None
-    log = base / "strace"
-    traced = ["strace", "-f", "-e", "trace=%file,getdents64", "-o", str(log), sys.executable, *words]
-    subprocess.run(traced, cwd=harness.ROOT, check=True, capture_output=True)
-    return len(log.read_text(errors="replace").splitlines())
 
 
 def rows(folder: Path) -> int:
@@ -196,7 +163,9 @@ def main() -> None:
         base = Path(folder)
         base.chmod(0o755)
         write_corpus(base / "docs")
-        figures = render(1 if args.quick else 7) | one_node(base)
+        figures = render(1 if args.quick else 7) | start(
+            base / "start", nodes=2 if args.quick else NODES, calls=not args.quick
+        )
         figures |= first_step(base) | slurm(base, quick=args.quick)
     harness.report(__file__, figures, args)
 
