@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .spec import Job
 SCRIPT, RECORD = "launch/job.sbatch", "launch/job.json"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 POLL_S = 1.0
+SILENCE_S = 60.0
+"""A controller that restarts, or is busy, does not answer for a while."""
 
 
 def submit(job: Job, script: str) -> list[str]:
@@ -100,17 +103,41 @@ def states(job_id: str) -> list[dict[str, str]]:
     return [dict(word.partition("=")[::2] for word in line.split()) for line in text.splitlines() if line]
 
 
-def follow(job_id: str, log: Path) -> int:
-    """Print a job's log as it grows until the job has ended; its exit code. Ctrl-C leaves it running."""
-    position = 0
+def follow(job_id: str, folder: Path) -> int:
+    """Print a job's logs as they grow until the job has ended; its exit code. Ctrl-C leaves it running.
+
+    Args:
+        job_id: of a job or an array; the tasks of an array follow each other.
+        folder: with the logs, one for each task.
+
+    Raises:
+        LaunchError: Slurm has not answered for a minute.
+    """
+    positions: dict[Path, int] = {}
+    silent = 0
     while True:
-        state = states(job_id)[0]
-        position = show_new(log, position)
-        if state["JobState"].split("+")[0] in ENDED:
-            show_new(log, position)
-            code, _, number = state.get("ExitCode", "0:0").partition(":")
-            return int(code) or (128 + int(number) if int(number) else int(state["JobState"] != "COMPLETED"))
+        try:
+            found, silent = states(job_id), 0
+        except LaunchError:
+            silent += 1
+            if silent * POLL_S > SILENCE_S:
+                raise
+            found = []
+        for log in [*folder.glob(f"{job_id}.log"), *sorted(folder.glob(f"{job_id}_*.log"))]:
+            positions[log] = show_new(log, positions.get(log, 0))
+        if found and all(state["JobState"].split("+")[0] in ENDED for state in found):
+            return _exit_code(max(found, key=_task))
         time.sleep(POLL_S)
+
+
+def _task(state: Mapping[str, str]) -> int:
+    """Index of an array's task; tasks that never began are told as one, such as `1-3`."""
+    return int(re.split(r"\D", state.get("ArrayTaskId", "0"))[0] or 0)
+
+
+def _exit_code(state: Mapping[str, str]) -> int:
+    code, _, number = state.get("ExitCode", "0:0").partition(":")
+    return int(code) or (128 + int(number) if int(number) else int(state["JobState"] != "COMPLETED"))
 
 
 def show_new(log: Path, position: int) -> int:

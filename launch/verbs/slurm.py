@@ -9,6 +9,7 @@ from .. import check, directives, submit
 from ..load import Loaded, load
 from ..local import say
 from ..protocol import DONE
+from ..quote import quote
 from ..slurm import render
 
 
@@ -53,14 +54,18 @@ def run(argv: Sequence[str], program: Sequence[str]) -> int:
         return DONE
     ids = submit.submit(loaded.job, script)
     folder = Path(loaded.job.folder)
-    say(f"job {', '.join(ids)} is in the queue; longctx launch status|logs|requeue|cancel {folder}")
+    words = f"longctx launch status|logs|requeue|cancel {quote(str(folder))}"
+    say(f"job {', '.join(ids)} is in the queue; {words}")
     return DONE if options.no_follow else _follow(loaded, ids)
 
 
 def _follow(loaded: Loaded, ids: list[str]) -> int:
-    folder = Path(loaded.job.folder, "launch")
+    folder = Path(loaded.job.folder)
     code = DONE
-    for job_id in ids:
-        name = f"{job_id}_0.log" if loaded.job.restart.mode == "array" else f"{job_id}.log"
-        code = submit.follow(job_id, folder / name)
+    try:
+        for job_id in ids:
+            code = submit.follow(job_id, folder / "launch")
+    except KeyboardInterrupt:
+        say(f"\nthe job goes on; longctx launch status|cancel {quote(str(folder))}")
+        raise
     return code

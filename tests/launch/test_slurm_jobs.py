@@ -26,7 +26,7 @@ def job(slurm, tmp_path, monkeypatch):
 
     def submit(mode, *options, argv=(), bad="", follow=False):
         monkeypatch.setenv("BAD_NODES", bad)
-        folder = tmp_path / "run"
+        folder = submit.folder
         own = [f"--site={site}", f"--folder={folder}", f"--set=environment.python={stub}"]
         own += [] if follow else ["--no-follow"]
         code = main(["slurm", *own, *options, "--", str(folder), mode, *argv])
@@ -35,7 +35,7 @@ def job(slurm, tmp_path, monkeypatch):
         assert code == 0
         return json.loads((folder / "launch" / "job.json").read_text())["ids"]
 
-    submit.folder = tmp_path / "run"
+    submit.folder = tmp_path / "it's a $HOME run, 100%j"
     return submit
 
 
@@ -99,9 +99,10 @@ def test_64_requeues_and_the_next_attempt_resumes_without_the_node_that_failed(s
     assert ends == [64, 0]
 
 
-def test_an_array_goes_on_until_done_and_no_further(slurm, job):
-    (job_id,) = job("again:2", "--set=spare_nodes=1", "--set=restart={mode: array, links: 3}", bad=",n1,")
-    slurm.wait(lambda: not slurm.run("squeue", "-h", "-j", job_id).strip(), 50)
+def test_an_array_goes_on_until_done_and_no_further(job, capsys):
+    options = ["--set=spare_nodes=1", "--set=restart={mode: array, links: 3}"]
+    assert job("again:2", *options, bad=",n1,", follow=True) == 0
+    assert capsys.readouterr().out.count("nothing is left to do") == 1  # the last of three tasks
     assert log(job.folder).count("n1 is left out") == 1
     argvs = [line["argv"] for line in lines(job.folder)]
     assert argvs == [[], ["run.resume=true"]]

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,13 @@ def said(folder):
     return "".join(path.read_text() for path in sorted(folder.glob("launch/*.log")))
 
 
+@contextmanager
+def meanwhile(function, *args, **options):
+    """A call in another thread: the uninterrupted run, while Slurm holds the other one back."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(function, *args, **options)
+
+
 def check_equal(run, whole, steps):
     """Every figure that does not measure time, and every byte of the last checkpoint's tensors."""
     names = ("step", "tokens", "loss", "grad_norm", "lr")
@@ -70,10 +79,11 @@ def test_usr1_saves_requeues_and_the_resumed_run_is_the_same_run(slurm, launch, 
     job_id, run = launch("train.steps=40", "metrics.wandb=offline", "recovery.mode=off"), tmp_path / "run"
     slurm.wait(lambda: len(rows(run)) >= 3, 120)
     slurm.run("scancel", "--signal=USR1", job_id)
-    assert run_ranks(train_rank, 2, tmp_path, 40, init=False) == [0, 0]
-    slurm.wait(lambda: slurm.restarted(job_id), 60)
-    slurm.wait(lambda: slurm.job(job_id)["JobState"] in ("COMPLETED", "FAILED"), 120)
-    assert slurm.job(job_id)["JobState"] == "COMPLETED", said(run)
+    with meanwhile(run_ranks, train_rank, 2, tmp_path, 40, init=False) as whole:
+        slurm.wait(lambda: slurm.restarted(job_id), 60)
+        slurm.wait(lambda: slurm.job(job_id)["JobState"] in ("COMPLETED", "FAILED"), 120)
+        assert slurm.job(job_id)["JobState"] == "COMPLETED", said(run)
+    assert whole.result() == [0, 0]
     stopped = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     kinds = [event["kind"] for event in stopped]
     assert kinds.count("start") == 2 and kinds.count("stop") == 1
@@ -98,10 +108,11 @@ def test_a_lost_node_requeues_and_the_run_goes_on_as_one(slurm, launch, tmp_path
     slurm.kill_node(node)
     slurm.wait(lambda: slurm.job(job_id)["JobState"] != "RUNNING", 60)
     slurm.start_node(node)
-    slurm.wait(lambda: slurm.restarted(job_id), 60)
-    assert run_ranks(train_rank, 2, tmp_path, 300, init=False, timeout=200) == [0, 0]
-    slurm.wait(lambda: slurm.job(job_id)["JobState"] in ("COMPLETED", "FAILED"), 120)
-    assert slurm.job(job_id)["JobState"] == "COMPLETED", said(run)
+    with meanwhile(run_ranks, train_rank, 2, tmp_path, 300, init=False, timeout=200) as whole:
+        slurm.wait(lambda: slurm.restarted(job_id), 60)
+        slurm.wait(lambda: slurm.job(job_id)["JobState"] in ("COMPLETED", "FAILED"), 120)
+        assert slurm.job(job_id)["JobState"] == "COMPLETED", said(run)
+    assert whole.result() == [0, 0]
     check_equal(run, tmp_path / "whole", 300)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from launch import units
+from launch import submit, units
 from launch.__main__ import main
 from launch.check import check, warnings
-from launch.errors import SpecError
+from launch.errors import LaunchError, SpecError
 from launch.load import CLUSTERS, load
 
 
@@ -111,3 +111,32 @@ def test_seconds(text, seconds):
 @pytest.mark.parametrize("seconds", [0, 59, 3600, 90061])
 def test_slurms_clock_is_read_back(seconds):
     assert units.parse(units.clock(seconds), "seconds") == seconds
+
+
+def test_the_follower_waits_for_a_busy_controller_and_for_every_task(tmp_path, monkeypatch, capsys):
+    task = {"JobState": "COMPLETED", "ExitCode": "0:0", "ArrayTaskId": "0"}
+    waits = {"JobState": "PENDING", "ArrayTaskId": "1-2"}
+    answers = [None, [waits, task], [{**task, "ArrayTaskId": "1", "ExitCode": "65:0"}, task]]
+
+    def states(job_id):
+        (tmp_path / f"7_{len(answers)}.log").write_text(f"log {len(answers)}\n")
+        (tmp_path / "71.log").write_text("of another job\n")
+        answer = answers.pop(0)
+        if answer is None:
+            raise LaunchError("Socket timed out")
+        return answer
+
+    monkeypatch.setattr(submit, "states", states)
+    monkeypatch.setattr(submit, "POLL_S", 0.01)
+    assert submit.follow("7", tmp_path) == 65
+    assert sorted(capsys.readouterr().out.splitlines()) == ["log 1", "log 2", "log 3"]
+
+
+def test_ctrl_c_leaves_the_job_and_says_so(tmp_path, monkeypatch, capsys):
+    def interrupted(job_id, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "submit", lambda job, script: ["7"])
+    monkeypatch.setattr(submit, "follow", interrupted)
+    assert main(["slurm", f"--folder={tmp_path}/a run", "--", "x.py"]) == 130
+    assert f"the job goes on; longctx launch status|cancel '{tmp_path}/a run'" in capsys.readouterr().err
