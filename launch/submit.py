@@ -29,8 +29,7 @@ def submit(job: Job, script: str) -> list[str]:
         PreflightError: no sbatch here.
         SpecError: sbatch refused the script, with its words.
     """
-    if shutil.which("sbatch") is None:
-        raise PreflightError("sbatch is not on PATH: submit from a login node, or use --dry-run")
+    check_sbatch()
     path = Path(job.folder, SCRIPT)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script, encoding="utf-8")
@@ -40,6 +39,16 @@ def submit(job: Job, script: str) -> list[str]:
     content = {"backend": "slurm", "ids": ids, "processes": job.processes, "versions": versions()}
     record(Path(job.folder), content)
     return ids
+
+
+def check_sbatch() -> None:
+    """Refuse a machine from which nothing can be submitted.
+
+    Raises:
+        PreflightError: no sbatch here.
+    """
+    if shutil.which("sbatch") is None:
+        raise PreflightError("sbatch is not on PATH: submit from a login node, or use --dry-run")
 
 
 def record(folder: Path, content: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import check, here, preflight
+from .. import check, here, preflight, submit
 from .. import examples as rendering
 from ..load import load
 from ..protocol import DONE, PREFLIGHT_FAILED
@@ -19,12 +19,15 @@ def shape(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="launch shape")
     slurm.add_spec(parser)
     parser.add_argument("--here", action="store_true", help="refuse what this machine alone cannot do")
+    parser.add_argument("--submits", action="store_true", help="refuse a machine without sbatch")
     options = parser.parse_args(argv)
     asked = load(options.job, options.site, options.set).job.processes > 0
     loaded = slurm.spec(options, [])
     job = loaded.job
     if options.here:
         here.job_here(loaded)
+    if options.submits:
+        submit.check_sbatch()
     devices, grace = check.devices(job, loaded.site), loaded.site.grace
     content: dict[str, int] = {"nodes": job.nodes, "processes": job.processes, "devices": devices}
     print(json.dumps(content | {"grace": grace, "chosen": devices > 0 or asked}))

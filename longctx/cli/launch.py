@@ -95,7 +95,8 @@ def _grace(shape: dict[str, int], config: Config) -> list[str]:
 
 
 def _launch(backend: str, loaded: LoadedConfig, options: list[str]) -> NoReturn:
-    shape = _shape(_spec(options))
+    submits = ["--submits"] if backend == "slurm" and "--dry-run" not in options else []
+    shape = _shape([*_spec(options), *submits])
     world = shape["nodes"] * shape["processes"]
     device = "cuda" if shape["devices"] else "cpu"
     if loaded.config.run.device not in ("auto", device):
