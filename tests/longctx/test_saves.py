@@ -39,19 +39,11 @@ def train_rank(rank, size, base, name, extra):
 
 def test_a_run_that_could_not_save_in_time_has_always_saved(tmp_path):
     write_corpus(tmp_path / "docs")
-    found = {}
-    for name, grace in {"ample": 3600.0, "short": 1e-6}.items():
-        extra = (f"checkpoint.grace_s={grace}", "train.steps=16", "train.eval_every=0")
-        assert run_ranks(train_rank, 2, tmp_path, name, extra, init=False) == [0, 0]
-        events = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
-        found[name] = [event for event in events if event["kind"] in ("checkpoint", "pace")]
-    assert [event["step"] for event in found["ample"]] == [1, 16]
-    assert found["ample"][-1]["save_s"] > 0
-    pace = next(event for event in found["short"] if event["kind"] == "pace")
-    steps = [event["step"] for event in found["short"] if event["kind"] == "checkpoint"]
-    assert steps[0] == 1 and steps[-1] == 16 and len(steps) > 2 and pace["every"] >= 1
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in found
-    ]
-    assert losses[0] == losses[1]
+    extra = ("checkpoint.grace_s=1e-6", "train.steps=12", "train.eval_every=0")
+    assert run_ranks(train_rank, 2, tmp_path, "run", extra, init=False) == [0, 0]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    pace = next(event for event in events if event["kind"] == "pace")
+    saves = [event for event in events if event["kind"] == "checkpoint"]
+    steps = [event["step"] for event in saves]
+    assert steps[0] == 1 and steps[-1] == 12 and len(steps) > 2 and pace["every"] >= 1
+    assert saves[-1]["save_s"] > 0
