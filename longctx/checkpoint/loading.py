@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from parallel import comm
 
 from ..build import Run
+from ..config.schema import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..tensors.fill import fill
 from ..tensors.folder import Where, folder_at
@@ -20,6 +22,9 @@ from .keeping import list_checkpoints, step_of, sweep, warn
 from .manifest import Opened, open_checkpoint, read_state
 from .shares import run_tensors, set_rng
 from .together import together
+
+_FREE = ("rope", "dropout", "init_std")
+"""Keys of the model section that may change: a context is extended by `rope`."""
 
 
 def resume(run: Run, where: Where) -> Where | None:
@@ -140,7 +145,22 @@ def _from_rank_0(run: Run, value: Any) -> Any:
     return comm.broadcast_json(value, src=0, group=run.mesh.group("world"))
 
 
+def check_model(theirs: Mapping[str, Any], ours: ModelConfig, where: Where) -> None:
+    """Refuse weights of another model section: most keys change what is computed and no shape.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, value in asdict(ours).items():
+        if key not in _FREE and theirs.get(key, value) != value:
+            raise ConfigError(
+                f"model.{key}={value}, but the weights in {where} have {theirs[key]}; set it to that, or "
+                "compose what lies beside them: config.resolved.yaml of a run, model.yaml of an import"
+            )
+
+
 def _check_same_model(path: Where, opened: Opened, tensors: Mapping[str, Tensor], run: Run) -> None:
+    check_model(opened.manifest["model"], run.config.model, path)
     mine = {name: list(tensor.shape) for name, tensor in tensors.items()}
     expected: dict[str, list[int]] = {}
     for shapes in comm.gather_json(mine, group=run.mesh.group("world")):

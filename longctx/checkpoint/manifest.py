@@ -108,13 +108,22 @@ def verify(where: Where) -> dict[str, Any]:
         CheckpointError: names the first file that is missing, truncated or altered.
     """
     opened = open_checkpoint(where)
-    for name in opened.manifest["files"]:
-        if not name.endswith(SUFFIX):
-            _checked_small(opened.index.folder, name, opened.manifest)
+    check_small(opened)
     for stored in opened.index.tensors.values():
         for piece in stored.pieces:
             check_piece(opened.index.folder, piece)
     return opened.manifest
+
+
+def check_small(opened: Opened, prefix: str = "") -> None:
+    """Check every byte of the files that are no tensor files and whose names begin with `prefix`.
+
+    Raises:
+        CheckpointError: as `verify`.
+    """
+    for name in opened.manifest["files"]:
+        if name.startswith(prefix) and not name.endswith(SUFFIX):
+            _checked_small(opened.index.folder, name, opened.manifest)
 
 
 def _checked_pieces(folder: Folder, name: str, entry: Mapping[str, Any]) -> list[Piece]:

@@ -55,9 +55,12 @@ def _blocks(index: TensorIndex, name: str) -> Iterator[memoryview]:
     source = stream(index, name) if by_rows(stored) else iter([raw_bytes(read_tensor(index, name))])
     rest = bytearray()
     for block in source:
-        rest += block
-        while len(rest) >= BLOCK_BYTES:
-            yield memoryview(rest[:BLOCK_BYTES])
-            rest = rest[BLOCK_BYTES:]
+        while len(block):
+            need = BLOCK_BYTES - len(rest)
+            rest += block[:need]
+            block = block[need:]
+            if len(rest) == BLOCK_BYTES:
+                yield memoryview(rest)
+                rest = bytearray()
     if rest:
         yield memoryview(rest)

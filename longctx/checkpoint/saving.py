@@ -212,6 +212,7 @@ class Saver:
         }
         write_manifest(where, body)
         if self._folder.renames:
+            self._folder.remove(job.final)  # one that has lost its manifest
             self._folder.publish(f".{job.final}{PARTIAL}", job.final)
         keep, every = config.checkpoint.keep, config.checkpoint.milestone_every
         for old in prunable(list_checkpoints(self._folder.where), keep=keep, milestone_every=every):

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..config.units import format_bytes
 from ..errors import CheckpointError, ConfigError
 from ..protocol import DONE, FAILED
-from .words import add_json, make_words_parser
+from .words import add_json, make_words_parser, new_folder
 
 
 def run(argv: Sequence[str]) -> int:
@@ -121,7 +120,7 @@ def _merge(argv: Sequence[str]) -> int:
         "Average the weights of several checkpoints of one model.",
     )
     parser.add_argument("sources", nargs="+", help="checkpoints, runs, imports or Hugging Face folders")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument("--out", type=new_folder, required=True, metavar="FOLDER", help="new folder")
     add_json(parser)
     options = parser.parse_args(list(argv))
     from ..hf.merging import merge

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..config.units import parse
 from ..errors import ConfigError
 from ..protocol import DONE
-from .words import add_json, make_words_parser
+from .words import add_json, make_words_parser, new_folder
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
         "Write a Hugging Face folder. SOURCE: a run folder (its newest good one), a checkpoint, an import.",
     )
     parser.add_argument("source", help="run folder, checkpoint or imported folder")
-    parser.add_argument("target", type=Path, help="new folder")
+    parser.add_argument("target", type=new_folder, help="new folder")
     parser.add_argument("--dtype", default="auto", help="auto: the imported model's, or as stored")
     parser.add_argument("--max-shard", default="5GiB", help="largest weight file (default 5GiB)")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..protocol import DONE, FAILED
-from .words import add_json, make_words_parser
+from .words import add_json, make_words_parser, new_folder
 
 if TYPE_CHECKING:
     from ..hf.importing import Imported
@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
         "--model, a Megatron-core distributed checkpoint of a GPT model.",
     )
     parser.add_argument("source", help="model folder, or a hub id that is on this disk")
-    parser.add_argument("target", type=Path, help="new folder")
+    parser.add_argument("target", type=new_folder, help="new folder")
     parser.add_argument("--model", metavar="FILE", help="Megatron-core: configuration with the model section")
     parser.add_argument("--add-tokens", type=Path, metavar="FILE", help="text file with a new token per line")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers")

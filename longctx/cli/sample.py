@@ -34,6 +34,8 @@ def run(argv: Sequence[str]) -> int:
     import torch
 
     device = device_type(options.device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
     world = torchrun_world(device) if under_torchrun() else alone(torch.device(device))
     if options.dtype == "auto":
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -77,13 +79,16 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def _prompt(options: Namespace) -> str:
+    prompt = "" if options.prompt is None else str(options.prompt)
+    if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():
+        raise ConfigError("--prompt holds bytes that are no UTF-8; write text to a file and use --file")
     if options.file is None:
-        return str(options.prompt)
+        return prompt
     try:
         document = options.file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--file {options.file} cannot be read ({error}); name a text file") from error
-    return str(document) if options.prompt is None else f"{document}\n\n{options.prompt}"
+    return str(document) if options.prompt is None else f"{document}\n\n{prompt}"
 
 
 def _speak(loaded: "Loaded", speaker: "Speaker", ids: list[int], options: Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Command lines of verbs that name folders, not configuration files."""
 
 import argparse
+from pathlib import Path
 
 
 def make_words_parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
@@ -12,6 +13,13 @@ def make_words_parser(verb: str, usage: str, description: str) -> argparse.Argum
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def new_folder(text: str) -> Path:
+    """The value of an argument that names a folder to write."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; name a local folder, and upload that")
+    return Path(text).expanduser()
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

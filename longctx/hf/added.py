@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def vocabulary_size(tokenizer: Path) -> int:
     Raises:
         ConfigError: the file is none.
     """
-    return _size(_load(tokenizer))
+    return _size(load_json_tokenizer(tokenizer))
 
 
 def add_tokens(file: Path, folder: Path, model: ModelConfig) -> AddedTokens:
@@ -52,7 +53,7 @@ def add_tokens(file: Path, folder: Path, model: ModelConfig) -> AddedTokens:
         raise ConfigError(f"--add-tokens {file} cannot be read ({error}); name a text file") from error
     if not tokens:
         raise ConfigError(f"--add-tokens {file} is empty; write one token per line")
-    tokenizer = _load(folder / TOKENIZER)
+    tokenizer = load_json_tokenizer(folder / TOKENIZER)
     old = _size(tokenizer)
     known = [token for token in tokens if tokenizer.token_to_id(token) is not None]
     if known or len(set(tokens)) != len(tokens):
@@ -88,7 +89,12 @@ def grown_rows(index: TensorIndex, name: str, added: AddedTokens) -> Iterator[me
         yield raw_bytes(tail)
 
 
-def _load(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 -- tokenizers.Tokenizer is untyped
+def load_json_tokenizer(path: Path) -> Any:  # of the tokenizers library, which has no types
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+        ConfigError: the file is none.
+    """
     import tokenizers
 
     try:
@@ -98,4 +104,4 @@ def _load(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 -- tokeni
 
 
 def _size(tokenizer) -> int:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    return 1 + max(map(int, tokenizer.get_vocab(with_added_tokens=True).values()))
+    return 1 + max(map(int, tokenizer.get_vocab(with_added_tokens=True).values()), default=-1)

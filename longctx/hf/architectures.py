@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..config.check import check_model
-from ..config.schema import ModelConfig
+from ..config.schema import ModelConfig, RopeConfig
 from ..errors import ConfigError
 from ..rope.hf import from_hf_config, max_position_embeddings, to_hf
 from ..rope.spec import with_head_dim
@@ -19,6 +19,23 @@ CLASSES: Mapping[str, str] = {
 }
 """model_type -> the class that transformers and vLLM load."""
 
+_ABSENT: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
+"""What each class of transformers takes for a key that config.json does not have, where they differ."""
+_THETA = 1e4
+"""The same for the rotary base in all of them; Llama 2's own files have none."""
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"), int),
+    **dict.fromkeys(("rms_norm_eps", "initializer_range", "rope_theta"), (int, float)),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), bool),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
+    **dict.fromkeys(("architectures", "layer_types", "no_rope_layers"), list),
+}
+"""What the values of optional keys are, unless null."""
 _REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -51,10 +68,9 @@ def model_config(found: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         ConfigError: an architecture, a setting or a rotary type without support; the nearest one is named.
     """
+    _check_types(found, where)
     kind = _kind(found, where)
-    missing = [key for key in _REQUIRED if not isinstance(found.get(key), int)]
-    if missing:
-        raise ConfigError(f"{where} has no {missing[0]}; restore the file that belongs to the weights")
+    found = {"rope_theta": _THETA, **_ABSENT[kind], **found}
     _check_plain(found, kind, where)
     heads = int(found["num_attention_heads"])
     values: dict[str, Any] = {ours: found[theirs] for ours, theirs in _SAME.items() if theirs in found}
@@ -63,13 +79,9 @@ def model_config(found: Mapping[str, Any], where: str) -> ModelConfig:
     values.setdefault("head_dim", int(found["hidden_size"]) // heads)
     values.setdefault("norm_eps", 1e-6)
     values.setdefault("tied_embeddings", False)
-    try:
-        rope = from_hf_config(found)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
     model = ModelConfig(
         **values,
-        rope=replace(rope, head_dim=0),
+        rope=_rope(found, kind, where),
         attention_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         sliding_window=_window(found, kind, where),
@@ -145,6 +157,18 @@ def hf_config(
     return values
 
 
+def _check_types(found: Mapping[str, Any], where: str) -> None:
+    """Refuse what JSON allows and no config of theirs has, before it is computed with."""
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where} is no JSON object; restore the file that belongs to the weights")
+    missing = [key for key in _REQUIRED if not isinstance(found.get(key), int)]
+    if missing:
+        raise ConfigError(f"{where} has no {missing[0]}; restore the file that belongs to the weights")
+    for key, wanted in _TYPES.items():
+        if found.get(key) is not None and not isinstance(found[key], wanted):
+            raise ConfigError(f"{where}: {key}={found[key]!r} has the wrong type; restore the file")
+
+
 def _kind(found: Mapping[str, Any], where: str) -> str:
     kind = str(found.get("model_type") or "")
     named = (found.get("architectures") or [CLASSES.get(kind, kind)])[0]
@@ -166,6 +190,21 @@ def _check_plain(found: Mapping[str, Any], kind: str, where: str) -> None:
         if found.get(key, value) not in (value, None):
             extra = "; dequantize the model to bfloat16 first" if key == "quantization_config" else ""
             raise ConfigError(f"{where}: {key}={found[key]!r} is not supported, only {value!r}{extra}")
+
+
+def _rope(found: Mapping[str, Any], kind: str, where: str) -> RopeConfig:
+    try:
+        rope = from_hf_config(found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    partial = rope.partial_rotary_factor != 1.0 and rope.type != "proportional"
+    if partial or rope.none_layers:
+        key = "partial_rotary_factor" if partial else "no_rope_layers"
+        raise ConfigError(
+            f"{where}: {key} has no effect on a {CLASSES[kind]} in transformers, which turns whole heads in "
+            "every layer; remove it, or set model.rope in training if that is what the weights were made for"
+        )
+    return replace(rope, head_dim=0)
 
 
 def _window(found: Mapping[str, Any], kind: str, where: str) -> int | None:

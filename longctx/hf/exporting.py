@@ -75,7 +75,11 @@ def export_hf(source: Source, target: Path, *, dtype: str = "auto", max_shard_by
 def _carried_config(source: Source) -> dict[str, Any] | None:
     if source.companions is None:
         return None
-    found: dict[str, Any] = json.loads((source.companions / CONFIG).read_text(encoding="utf-8"))
+    path = source.companions / CONFIG
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); restore the imported model's own") from error
     return found
 
 

@@ -15,6 +15,7 @@ from ..tensors.index import TensorIndex, index_pieces
 from .architectures import model_config
 
 CONFIG = "config.json"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 COMPANIONS = (
@@ -99,7 +100,10 @@ def _weight_files(path: Path) -> list[str]:
     if (path / INDEX).is_file():
         try:
             files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            strays = [name for name in files if Path(name).name != name]
+            if strays:
+                raise ValueError(f"{strays[0]} is no file name")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path / INDEX} is broken ({error!r}); download it again") from error
         missing = [name for name in files if not (path / name).is_file()]
         if missing:
@@ -110,7 +114,7 @@ def _weight_files(path: Path) -> list[str]:
         return files
     files = sorted(each.name for each in path.glob("*.safetensors"))
     if files:
-        return files
+        return [SINGLE] if SINGLE in files else files
     pickled = sorted(each.name for each in path.glob("*.bin"))
     if pickled:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Weights of others into a checkpoint of ours: renamed, streamed, byte for byte."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -161,15 +162,16 @@ def fresh_folder(target: Path) -> Iterator[Folder]:
     Raises:
         ConfigError: there is something of that name, or no right to write beside it.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    place = Path(os.path.abspath(target))  # `.` and `new/..` have names too
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{target} exists already and is not overwritten; name a new folder")
-    partial = f".{target.name}.partial"
-    parent = LocalFolder(target.absolute().parent)
+    partial = f".{place.name}.partial"
+    parent = LocalFolder(place.parent)
     folder = parent.folder(partial)
     try:
         folder.make()
         yield folder
-        parent.publish(partial, target.name)
+        parent.publish(partial, place.name)
     except OSError as error:
         folder.remove()
         raise ConfigError(f"{target} cannot be written ({error}); free space, or name another") from error

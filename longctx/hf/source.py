@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..checkpoint.keeping import checkpoints_below, newest_good
-from ..checkpoint.manifest import MANIFEST, open_checkpoint
+from ..checkpoint.manifest import MANIFEST, check_small, open_checkpoint
 from ..config.schema import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..tensors.folder import folder_at, is_url
@@ -97,6 +97,7 @@ def read_model(section: dict[str, Any], where: str) -> ModelConfig:
 
 def _of_checkpoint(where: str, *, run: str | None = None) -> Source:
     opened = open_checkpoint(where)
+    check_small(opened, f"{CARRIED}/")
     manifest = opened.manifest
 
     def ours(name: str) -> str | None:

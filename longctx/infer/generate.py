@@ -38,10 +38,13 @@ def generate(
         Keys and values of all tokens stay on every rank; every token gathers each layer once.
     """
     rows = vocab_rows(loaded.model.config)
+    if not prompt:
+        raise ConfigError("the prompt has no tokens; give --prompt or --file at least one character")
     strays = [each for each in prompt if not 0 <= each < rows]
-    if not prompt or strays:
-        what = f"has id {strays[0]}, the model has {rows} rows" if strays else "is empty"
-        raise ConfigError(f"the prompt {what}; name the tokenizer that belongs to the model")
+    if strays:
+        raise ConfigError(
+            f"the prompt has id {strays[0]}, the model has {rows} rows; name the tokenizer that belongs to it"
+        )
     generator = torch.Generator().manual_seed(seed)
     loaded.cache.reset()
     new = list(prompt)

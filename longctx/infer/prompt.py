@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ..data.tokenizers import load_tokenizer
 from ..errors import ConfigError
+from ..hf.added import load_json_tokenizer
 from ..hf.folder import CONFIG, TOKENIZER
 from ..hf.source import Source
 
@@ -57,9 +58,9 @@ class _HfSpeaker:
     """Of a Hugging Face folder: special tokens by its post-processor, or its chat template."""
 
     def __init__(self, folder: Path) -> None:
-        import tokenizers
-
-        self._tokenizer = tokenizers.Tokenizer.from_str((folder / TOKENIZER).read_text(encoding="utf-8"))
+        self._tokenizer = load_json_tokenizer(folder / TOKENIZER)
+        self._tokenizer.no_truncation()  # a document is continued from its end, whatever the file says
+        self._tokenizer.no_padding()
         self._settings = _json(folder / "tokenizer_config.json")
         self._template = _template(folder, self._settings)
         ends = _json(folder / "generation_config.json").get("eos_token_id")

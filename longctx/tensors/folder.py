@@ -2,9 +2,10 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -56,7 +57,7 @@ class Folder(Protocol):
         """Remove a file or folder inside, or the folder itself; nothing happens if it is not there."""
 
     def publish(self, name: str, final: str) -> None:
-        """Give a finished folder inside its final name (only where `renames`)."""
+        """Give a finished folder inside its final name, unless something is there (only where `renames`)."""
 
     def free_bytes(self) -> int | None:
         """Free space; None: unknown."""
@@ -89,8 +90,11 @@ class LocalFolder:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None: there is none."""
-        path = self._path / name
-        return path.stat().st_size if path.is_file() else None
+        try:  # one look: `ckpt prune` may remove a file while a run lists its checkpoints
+            found = os.stat(self._prefix + name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def read(self, name: str, start: int, count: int) -> bytearray:
         """Some bytes of a file, fewer at its end."""
@@ -135,13 +139,13 @@ class LocalFolder:
         path = self._path / name
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+            return
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
     def publish(self, name: str, final: str) -> None:
-        """Give a finished folder inside its final name."""
+        """Give a finished folder inside its final name, unless something is there."""
         sync_folder(self._path / name)
-        shutil.rmtree(self._path / final, ignore_errors=True)
         os.replace(self._path / name, self._path / final)
         sync_folder(self._path)
 
@@ -226,7 +230,7 @@ def _remote(url: str) -> RemoteFolder:
 
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise ConfigError(f"{url} needs {error.name or 'fsspec'}; install it, or use a local path") from error
+        raise ConfigError(f"{url} needs a package: {error}; install it, or use a local path") from error
     except ValueError as error:
         raise ConfigError(f"{url}: {error}; use a local path, or a protocol that fsspec knows") from error
     return RemoteFolder(system, path, url)

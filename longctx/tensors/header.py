@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
+from .dtypes import ITEM_BYTES
 from .folder import Folder
 
 OFFSETS = "DCP_SHARDING_INFO"
@@ -76,11 +77,14 @@ def read_header(folder: Folder, name: str) -> Header:
     size = folder.size(name)
     if size is None:
         raise CheckpointError(f"{where} is missing")
-    length = folder.read(name, 0, 8)
-    count = struct.unpack("<Q", length)[0] if len(length) == 8 else MAX_HEADER_BYTES + 1
-    if count > min(MAX_HEADER_BYTES, size):
-        raise CheckpointError(f"{where} is no safetensors file, or is truncated ({size} bytes)")
-    raw = bytes(length + folder.read(name, 8, count))
+    try:
+        length = folder.read(name, 0, 8)
+        count = struct.unpack("<Q", length)[0] if len(length) == 8 else MAX_HEADER_BYTES + 1
+        if count > min(MAX_HEADER_BYTES, size):
+            raise CheckpointError(f"{where} is no safetensors file, or is truncated ({size} bytes)")
+        raw = bytes(length + folder.read(name, 8, count))
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
     try:
         header = _parse(raw, name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -112,8 +116,15 @@ def _parse(raw: bytes, name: str) -> Header:
             coded=tensor in coded,
         )
         pieces.append(piece)
-    pieces.sort(key=lambda piece: piece.start)
-    end = max((piece.start + piece.num_bytes for piece in pieces), default=len(raw))
+    pieces.sort(key=lambda piece: (piece.start, piece.num_bytes))
+    end = len(raw)
+    for piece in pieces:  # as the safetensors library demands: no holes, no overlaps
+        plain = piece.num_elements * ITEM_BYTES.get(piece.dtype, 0)
+        if piece.start != end or (plain != piece.num_bytes and plain and not piece.coded):
+            raise ValueError(
+                f"{piece.name}: {piece.num_bytes} bytes at {piece.start} for {piece.dtype} {piece.shape}"
+            )
+        end += piece.num_bytes
     return Header(pieces=tuple(pieces), num_bytes=len(raw), file_bytes=end, raw=raw)
 
 

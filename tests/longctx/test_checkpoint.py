@@ -146,8 +146,9 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
     assert (file.name in capsys.readouterr().out) == (not (name == "manifest.json" and damage == "delete"))
 
 
-def load_other_model(rank: int, size: int, base) -> str:
-    config = make_config(base, "other", extra=("model.hidden_size=48",))
+def load_other_model(rank: int, size: int, base, extra: tuple[str, ...]) -> str:
+    config = make_config(base, "other", extra=extra)
+    (base / "other" / "rendezvous").unlink(missing_ok=True)
     run = build(config, make_world(base / "other", rank, size))
     try:
         checkpoint.load(base / "whole" / "ckpt" / "step-00000006", run)
@@ -158,10 +159,17 @@ def load_other_model(rank: int, size: int, base) -> str:
     return ""
 
 
-def test_another_model_is_refused_by_the_first_tensor_that_differs(base, uninterrupted):
-    (base / "other").mkdir()
-    message = run_ranks(load_other_model, 1, base, init=False)[0]
-    assert "another model" in message and "[320, 32]" in message and "[320, 48]" in message
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("model.ffn_size=64",), ["model.ffn_size=64", "have 48"]),
+        (("model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=4"), ["model.num_heads=8", "have 4"]),
+    ],
+)
+def test_another_model_is_refused_by_the_first_key_that_differs(base, uninterrupted, extra, words):
+    (base / "other").mkdir(exist_ok=True)
+    message = run_ranks(load_other_model, 1, base, extra, init=False)[0]
+    assert all(word in message for word in (*words, "step-00000006")), message
 
 
 def save_on_full_disk(rank: int, size: int, base) -> tuple[str, list[str]]:

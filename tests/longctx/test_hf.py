@@ -8,6 +8,7 @@ import transformers
 from hf_models import FAMILIES, VOCAB, edit_config, save_model, tensors_of
 
 from longctx.cli.main import main
+from longctx.hf.architectures import CLASSES, model_config
 from longctx.hf.source import open_source
 from longctx.infer.compare import compare
 from longctx.tensors.fill import read_tensor
@@ -58,6 +59,20 @@ def test_settings_of_transformers_4_are_read(tmp_path):
     theta = rope.pop("rope_theta")
     edit_config(tmp_path / "theirs", rope_parameters=None, rope_scaling=rope, rope_theta=theta)
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--verify"]) == 0
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_keys_that_a_config_lacks_are_those_of_transformers(kind):
+    """As in Meta's own Llama 2, which names no rotary base."""
+    config = transformers.AutoConfig.for_model(kind)
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    found = {key: getattr(config, key) for key in needed}
+    model = model_config({"model_type": kind, "architectures": [CLASSES[kind]], **found}, "config.json")
+    assert model.rope.theta == config.rope_parameters["rope_theta"] and model.norm_eps == config.rms_norm_eps
+    assert model.num_kv_heads == config.num_key_value_heads
+    assert model.head_dim == getattr(config, "head_dim", None) or 4096 // config.num_attention_heads
+    assert model.sliding_window == getattr(config, "sliding_window", None)
+    assert model.tied_embeddings == config.tie_word_embeddings
 
 
 def test_verify_names_the_first_layer_that_differs(tmp_path, capsys):
@@ -130,6 +145,11 @@ def grow_tokenizer(folder):
     found.save(str(folder / "tokenizer.json"))
 
 
+def lie_in_header(folder):
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes().replace(b'"shape":[32]', b'"shape":[23]'))
+
+
 def pickled(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -146,6 +166,7 @@ BAD = {
         lambda f: change_tensor(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         ["model.norm.weight", "(31,)", "(32,)"],
     ),
+    "shape without its bytes": (lie_in_header, [".safetensors", "broken header", "128 bytes", "(23,)"]),
     "missing tensor": (
         lambda f: change_tensor(f, lambda t: t.pop("model.norm.weight")),
         ["model.norm.weight is missing"],
@@ -164,7 +185,21 @@ BAD = {
         lambda f: edit_config(f, rope_parameters=LLAMA3_WITHOUT_ORIGINAL),
         ["config.json", "original_max_position_embeddings", "llama3"],
     ),
+    "partial rotary": (
+        lambda f: edit_config(f, partial_rotary_factor=0.5),
+        ["config.json", "partial_rotary_factor", "LlamaForCausalLM"],
+    ),
+    "type": (lambda f: edit_config(f, rms_norm_eps="1e-5"), ["config.json", "rms_norm_eps='1e-5'"]),
+    "base": (lambda f: edit_config(f, rope_parameters={"rope_theta": "big"}), ["config.json", "big"]),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
+    "list as index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        ["index.json", "broken"],
+    ),
+    "index that leads away": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
+        ["index.json", "../x is no file name"],
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
 }
 
@@ -185,11 +220,50 @@ def test_names_that_lead_nowhere(saved, tmp_path, capsys, monkeypatch):
     assert "hf download some-lab/some-model" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "nothing"), str(tmp_path / "ours")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert main(["import", str(saved), str(tmp_path / "file" / "ours")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "mine.txt").write_text("mine")
     assert main(["import", str(saved), str(tmp_path / "ours")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "ours" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", [".", "new/.."])
+def test_what_lies_beside_a_target_without_a_name_stays(target, saved, tmp_path, monkeypatch):
+    (tmp_path / "beside.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["import", str(saved), target]) == 0
+    assert (tmp_path / "beside.txt").read_text() == "mine"
+    assert (tmp_path / "empty" / "manifest.json").is_file()
+
+
+def test_a_url_is_no_target(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("import", "export"):
+        with pytest.raises(SystemExit, match="2"):
+            main([verb, str(saved), "memory://bucket/model"])
+        assert "memory://bucket/model is a URL" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_beside_the_weights_are_left_alone(tmp_path):
+    from safetensors.torch import save_file
+
+    save_model("qwen3", tmp_path / "theirs")
+    save_file({"adapter": torch.ones(3)}, tmp_path / "theirs" / "adapter.safetensors")
+    assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+
+
+def test_a_carried_file_that_was_altered_is_named(saved, tmp_path, capsys):
+    assert main(["import", str(saved), str(tmp_path / "ours")]) == 0
+    file = tmp_path / "ours" / "hf" / "config.json"
+    file.write_text(file.read_text().replace("256", "255", 1))
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 1
+    assert "hf/config.json is altered" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_hub_cache_entry_is_found(saved, tmp_path):
