@@ -189,6 +189,8 @@ def _checked_offsets(cu_seqlens: Sequence[int] | np.ndarray | torch.Tensor) -> n
     offsets = values.astype(np.int64)
     if offsets[0] != 0:
         raise ConfigError(f"cu_seqlens starts at {offsets[0]}; the first document must start at 0")
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ConfigError(f"cu_seqlens ends at {offsets[-1]}; int32 offsets hold at most 2147483647 tokens")
     steps = np.diff(offsets)
     if (steps < 0).any():
         at = int(np.argmax(steps < 0))

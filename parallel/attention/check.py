@@ -47,7 +47,7 @@ def check_stream_tensor(
 
 def _check_tokens(name: str, x: Tensor, layout: SequenceLayout, device_type: str) -> None:
     tokens = layout.token_index.numel()
-    if x.ndim != 3:
+    if x.ndim != 3 or 0 in x.shape[1:]:
         raise ConfigError(
             f"{name} has shape {tuple(x.shape)}; give [tokens, heads, head_dim], without a batch dim"
         )

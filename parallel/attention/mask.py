@@ -34,6 +34,10 @@ class Mask:
     to its own is a multiple of stride (LongGen's block-sparse layers)."""
 
     def __post_init__(self) -> None:
+        for name in ("window", "group_shift", "min_distance", "sinks"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ConfigError(f"mask {name}={value!r} is no whole number of tokens")
         for name, low in (("window", 1), ("group_shift", 2)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -41,7 +45,8 @@ class Mask:
         for name in ("min_distance", "sinks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"mask {name}={getattr(self, name)} must be at least 0 tokens")
-        if self.block_stride is not None and min(self.block_stride) < 1:
+        pair = self.block_stride
+        if pair is not None and not (isinstance(pair, tuple) and len(pair) == 2 and min(pair) >= 1):
             raise ConfigError(
                 f"mask block_stride={self.block_stride} must be (block, stride), both at least 1"
             )

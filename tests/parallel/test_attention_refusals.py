@@ -30,6 +30,7 @@ def bad_calls(rank, size):
     calls = {
         "tokens": lambda: attend(x(5), x(), x(), layout=layout),
         "batch": lambda: attend(x()[None], x(), x(), layout=layout),
+        "no dims": lambda: attend(x(head_dim=0), x(head_dim=0), x(head_dim=0), layout=layout),
         "dtype": lambda: attend(x(), x(), x(dtype=torch.float64), layout=layout),
         "whole numbers": lambda: attend(*(x(dtype=torch.int64),) * 3, layout=layout),
         "values": lambda: attend(x(), x(), x(head_dim=4), layout=layout),
@@ -55,6 +56,7 @@ def test_bad_calls_are_refused_on_every_rank_before_anything_is_sent():
         words = {
             "tokens": "q has 5 tokens, but layout.token_index has 4",
             "batch": "q has shape (1, 4, 4, 8); give [tokens, heads, head_dim]",
+            "no dims": "q has shape (4, 4, 0); give [tokens, heads, head_dim]",
             "dtype": "v.dtype=torch.float64 differs from q.dtype=torch.float32",
             "whole numbers": "q.dtype=torch.int64 is not a floating dtype",
             "values": "v has shape (4, 4, 4), k has (4, 4, 8)",

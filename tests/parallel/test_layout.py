@@ -157,6 +157,7 @@ def test_offsets_come_as_list_array_or_tensor(offsets):
         ([], "cu_seqlens has shape"),
         ([[0, 1]], "cu_seqlens has shape"),
         ([0.0, 1.0], "whole numbers"),
+        ([0, 2**33], "at most 2147483647"),
     ],
 )
 def test_bad_offsets_are_named(offsets, words):

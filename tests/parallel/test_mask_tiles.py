@@ -169,6 +169,8 @@ def test_trimming_and_blocks_keep_every_pair(rows, columns, low, high, size):
         ({"sinks": -1, "window": 4}, ConfigError, "sinks=-1"),
         ({"min_distance": -2}, ConfigError, "min_distance=-2"),
         ({"group_shift": 1}, ConfigError, "group_shift=1"),
+        ({"window": 3.5}, ConfigError, r"window=3\.5 is no whole number"),
+        ({"block_stride": 4}, ConfigError, r"block_stride=4"),
         ({"block_stride": (0, 2)}, ConfigError, r"block_stride=\(0, 2\)"),
         ({"sinks": 4}, UnsupportedError, "sinks adds to a window"),
         ({"min_distance": 2, "causal": False}, UnsupportedError, "causal=True"),
