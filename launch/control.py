@@ -139,6 +139,18 @@ def find(folder: Path, *, node: int, first_rank: int, timeout_s: float) -> Lines
     )
 
 
+def in_use(folder: Path) -> str:
+    """Why a job cannot begin in a run folder: another one is at work there; empty: none is."""
+    try:
+        address = Address(**json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8")))
+        connect(address.host, address.port, address.secret, timeout_s=3.0).close()
+    except (OSError, ValueError, TypeError):
+        return ""
+    return (
+        f"run.dir={folder} belongs to a run that is at work on {address.host}; set run.dir to another folder"
+    )
+
+
 def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 

@@ -11,6 +11,15 @@ Message = dict[str, Any]
 LONGEST_BYTES = 64 * 2**20
 """Of a line; a peer that sends more is cut off."""
 
+KEEPALIVE = {
+    socket.TCP_KEEPIDLE: 10,
+    socket.TCP_KEEPINTVL: 5,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 30_000,
+}
+"""A machine that loses power or its network says nothing; after half a minute its connections end (s, s,
+count, ms)."""
+
 
 class ClosedError(ConnectionError):
     """The other end is gone, or never knew the secret."""
@@ -101,6 +110,9 @@ def _talk(sock: socket.socket, timeout_s: float) -> Lines:
     sock.settimeout(timeout_s)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
     return Lines(sock)
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from . import command, processes
+from .control import in_use
 from .failure import Failure, first_failure, killed_worker
-from .protocol import DONE, FAILED, PREFLIGHT_FAILED, REQUEUE, Status, read_status
+from .protocol import BAD_INPUT, DONE, FAILED, PREFLIGHT_FAILED, REQUEUE, Status, read_status
 
 POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -94,12 +95,17 @@ def run(job: Job) -> int:
     """Start the program, wait for its end, return its exit code.
 
     Returns:
-        The program's own code from the status file; without one, torchrun's; 3 if the port is taken.
+        The program's own code from the status file; without one, torchrun's; 3 if the port is taken, 2 if
+        another run is at work in the folder.
     """
     problem = port_problem(job.port)
     if problem:
         say(f"error: {problem}")
         return PREFLIGHT_FAILED
+    problem = in_use(job.status.parent) if job.status else ""
+    if problem:
+        say(f"error: {problem}")
+        return BAD_INPUT
     if job.status:
         job.status.parent.mkdir(parents=True, exist_ok=True)
         job.status.unlink(missing_ok=True)

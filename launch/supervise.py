@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .membership import Limits
-from .supervisor import FORWARDED, Settings, Supervisor, place
+from .place import place
+from .supervisor import FORWARDED, Settings, Supervisor
 from .verdict import wait_for_verdict
 
 

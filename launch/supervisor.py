@@ -6,7 +6,6 @@ one whose heartbeat stops, and hands its rank to the spare. What all nodes must 
 the control server; see docs/recovery.md.
 """
 
-import os
 import selectors
 import signal
 import socket
@@ -18,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from .control import ControlServer, find
+from .control import ControlServer, find, in_use
 from .lines import ClosedError, Lines, Message
 from .membership import Limits, Membership
-from .protocol import DONE, FAILED, REQUEUE, Status, write_status
+from .place import Place
+from .protocol import BAD_INPUT, DONE, FAILED, REQUEUE, Status, write_status
 from .verdict import VerdictServer
 
 TICK_S = 0.25
@@ -30,24 +30,6 @@ START_S = 300.0
 LEAVE_S = 60.0
 """What a trainer has after the verdict to close its logs and leave."""
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """A node's place in the job, from the variables that torchrun sets."""
-
-    node: int
-    """Index of the node."""
-    first_rank: int
-    """Rank of its first process."""
-    local_size: int
-    """Its processes."""
-    size: int
-    """Processes of the job."""
-    attempt: int
-    """How often torchrun has started the job before."""
-    host: str
-    """Address of the first node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +81,16 @@ class Supervisor:
         self._trainers: list[Trainer] = []
         self._epoch = 0
         self._verdict: Message | None = None
+        self._begun = False
         self._signals = socket.socketpair()
 
     def run(self) -> int:
         """Supervise until the verdict."""
         self._take_signals()
+        problem = in_use(self._settings.folder) if self._place.node == 0 else ""
+        if problem:  # without a word in the status file, which is the other job's
+            say(f"error: {problem}")
+            return BAD_INPUT
         server = self._serve() if self._place.node == 0 else None
         verdicts = VerdictServer()
         try:
@@ -177,6 +164,8 @@ class Supervisor:
             self._selector.unregister(trainer.lines)
         trainer.lines.close()
         self._trainers.remove(trainer)
+        if trainer.rank is None and trainer.warm and self._verdict is None:
+            self._warm_spares()  # one that dies while it imports would die again
         if trainer.rank is None or self._verdict is not None:
             return
         spare = next((each for each in self._trainers if each.rank is None), None)
@@ -242,6 +231,7 @@ class Supervisor:
                 trainer.error = message["error"]
             elif kind in ("joined", "running", "broken", "ended"):
                 if kind == "running":
+                    self._begun = True
                     self._warm_spares()
                 trainer.ended = kind == "ended"
                 self._control.send(message | {"rank": trainer.rank})
@@ -284,10 +274,20 @@ class Supervisor:
 
     def _on_signals(self) -> None:
         if any(number in FORWARDED for number in self._signals[0].recv(4096)):
+            if not self._begun:
+                say("stopped before the first step; nothing was saved")
             for trainer in self._trainers:
-                if trainer.rank is not None and trainer.process.poll() is None:
-                    trainer.process.send_signal(signal.SIGTERM)
+                self._stop(trainer)
         self._reap()
+
+    def _stop(self, trainer: Trainer) -> None:
+        """Have a rank finish its step and save; one that has not begun could only die of the signal."""
+        if trainer.rank is None or trainer.process.poll() is not None:
+            return
+        if self._begun:
+            trainer.process.send_signal(signal.SIGTERM)
+        else:
+            self._control.send({"kind": "ended", "rank": trainer.rank, "exit_code": REQUEUE, "error": ""})
 
     def _conclude(self, verdict: Message) -> None:
         """The job's last word, told once; none where torchrun may start it again."""
@@ -323,17 +323,4 @@ def _how(trainer: Trainer, code: int) -> str:
         f"failed ({trainer.error})"
         if trainer.error
         else f"ended with exit code {code} in the middle of the run"
-    )
-
-
-def place(environment: "os._Environ[str] | dict[str, str]") -> Place:
-    """This node's place, from the variables that torchrun sets."""
-    local = int(environment["LOCAL_WORLD_SIZE"])
-    return Place(
-        node=int(environment["GROUP_RANK"]),
-        first_rank=int(environment["RANK"]),
-        local_size=local,
-        size=int(environment["WORLD_SIZE"]),
-        attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        host=environment["MASTER_ADDR"],
     )

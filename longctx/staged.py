@@ -47,6 +47,7 @@ def forward_all(run: Run, batches: Sequence[PackedBatch], sink: Sink) -> None:
         run.pipeline.forward(StageWork(run, batches, sink, slices=1), len(batches))
         return
     for batch in batches:
+        run.pulse("evaluate")
         logits, local, layout = run.forward(batch)
         sink.add(logits, local, batch, layout)
 

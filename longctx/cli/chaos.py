@@ -64,7 +64,9 @@ def report(folder: Path) -> dict[str, Any]:
     path = folder / "events.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     recoveries = [event for event in events if event["kind"] == "recovered"]
+    planned = json.loads((folder / FOLDER / PLAN).read_text())
     return {
+        "planned": len(planned),
         "faults": len(struck),
         "recoveries": len(recoveries),
         "mismatches": sum(event["kind"] == "mismatch" for event in events),
@@ -77,8 +79,8 @@ def report(folder: Path) -> dict[str, Any]:
 def _text(found: dict[str, Any]) -> str:
     seconds = ", ".join(f"{each:.2f}" for each in found["resume_s"]) or "none"
     return (
-        f"{found['faults']} faults struck, {found['recoveries']} recoveries; seconds to resume: {seconds}; "
-        f"steps computed again: {sum(found['steps_redone'])}, "
+        f"{found['faults']} of {found['planned']} faults struck, {found['recoveries']} recoveries; "
+        f"seconds to resume: {seconds}; steps computed again: {sum(found['steps_redone'])}, "
         f"of which {found['mismatches']} came out different"
     )
 
@@ -88,14 +90,19 @@ def _write_plan(loaded: LoadedConfig, options: argparse.Namespace, path: Path) -
 
     size = choose_local(loaded.config).processes
     steps = loaded.config.train.steps
+    if not 0 <= options.random < steps or options.spread_s < 0:
+        raise ConfigError(
+            f"--random {options.random} --spread-s {options.spread_s:g}: choose 0 to {steps - 1} kills, each "
+            f"in a step of its own after the first (train.steps={steps}), and no negative seconds"
+        )
     faults = [_fault(text) for text in options.strike]
     chooser = random.Random(options.seed)
-    for step in sorted(chooser.sample(range(1, steps), min(options.random, steps - 1))):
+    for step in sorted(chooser.sample(range(1, steps), options.random)):
         phase = chooser.choice(RANDOM_PHASES)
         after = chooser.random() * options.spread_s
         faults.append(Fault(step=step, rank=chooser.randrange(size), phase=phase, after_s=after))
     for fault in faults:
-        fault.check(size)
+        fault.check(size, steps)
     if not faults:
         raise ConfigError("nothing to rehearse; add --strike STEP:RANK:PHASE[:KIND] or --random N")
     for mark in path.parent.glob("struck-*.json"):
@@ -107,10 +114,10 @@ def _fault(text: str) -> Any:
     from ..recovery.faults import ANY_STEP, Fault
 
     try:
-        where, rank, phase, *kind = text.split(":")
+        where, rank, phase, kind = (text if text.count(":") > 2 else f"{text}:kill").split(":")
         step = ANY_STEP if where == "*" else int(where)
-        return Fault(step=step, rank=int(rank), phase=phase, kind=kind[0] if kind else "kill")
-    except (ValueError, IndexError) as error:
+        return Fault(step=step, rank=int(rank), phase=phase, kind=kind)
+    except ValueError as error:
         raise ConfigError(
             f"--strike {text} is not STEP:RANK:PHASE[:KIND], for example 3:1:backward:kill"
         ) from error

@@ -34,6 +34,8 @@ supervisor; all connections cut; a flipped byte in the states that are held for 
 
 
 ANY_STEP = -2
+STRUCK = PHASES[1:]
+"""Phases of a trainer at work; none strikes while it starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,24 +47,30 @@ class Fault:
     rank: int
     """Who."""
     phase: str
-    """One of `PHASES`."""
+    """One of `STRUCK`."""
     kind: str = "kill"
     """One of `KINDS`."""
     after_s: float = 0.0
     """Seconds from there; another thread strikes then, wherever the rank is."""
 
-    def check(self, size: int) -> None:
+    def check(self, size: int, steps: int) -> None:
         """Refuse what can never strike.
+
+        Args:
+            size: ranks of the run.
+            steps: its optimizer steps.
 
         Raises:
             ConfigError: naming the field.
         """
-        if self.phase not in PHASES:
-            raise ConfigError(f"phase {self.phase!r} is unknown; choose one of {', '.join(PHASES)}")
+        if self.phase not in STRUCK:
+            raise ConfigError(f"phase {self.phase!r} is unknown; choose one of {', '.join(STRUCK)}")
         if self.kind not in KINDS:
             raise ConfigError(f"kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if not 0 <= self.rank < size:
             raise ConfigError(f"rank {self.rank} is not one of 0 to {size - 1}")
+        if self.step != ANY_STEP and not 0 <= self.step < steps:
+            raise ConfigError(f"step {self.step} is not one of 0 to {steps - 1} (train.steps={steps}), nor *")
 
 
 def write_plan(faults: Sequence[Fault], path: Path) -> None:

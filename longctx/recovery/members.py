@@ -57,8 +57,8 @@ class Members(Protocol):
     def keep(self, run: Run, row: Row, *, behind: bool) -> None:
         """Remember the state after a step; `behind` is true if any rank is."""
 
-    def older(self) -> bool:
-        """Whether memory has a state before the newest."""
+    def older(self, run: Run) -> bool:
+        """Whether every rank's memory has a state before the newest; all ranks call it."""
 
     def go_back(self, run: Run, *, further: bool) -> None:
         """Restore the newest state, or the one before, after a loss spike; all ranks call it."""
@@ -109,8 +109,8 @@ class Fixed:
         if self._remembers:
             self._keeper.pack(run, row)
 
-    def older(self) -> bool:
-        """Whether there is a state before the newest."""
+    def older(self, run: Run) -> bool:
+        """Whether there is a state before the newest: on all ranks alike, they keep the same steps."""
         return self._shelf.count() > 1
 
     def go_back(self, run: Run, *, further: bool) -> None:

@@ -4,6 +4,7 @@ Source: Gemini (Wang et al., SOSP 2023, section 4: copies in the memory of other
 docs/recovery.md for the agreement.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,25 +38,27 @@ class Agreement:
     """For every rank the rank that has its state: itself, a holder or a twin."""
 
 
-def shifts(size: int, *, node_ranks: int, stages: int, replicas: int) -> tuple[int, ...]:
+def shifts(shape: Sequence[int], *, node_ranks: int, replicas: int) -> tuple[int, ...]:
     """Rank r's state is kept by rank (r + shift) % size, for each of the shifts.
 
-    Best first: on another node, not on a neighbouring pipeline stage (whose loss together with this
-    one could not be averaged over), near.
+    Best first: not on a twin, which has that state anyway; on another node; not on a neighbouring
+    pipeline stage (whose loss together with this one could not be averaged over); near.
 
     Args:
-        size: ranks.
+        shape: degrees of the mesh axes, `pp` and `dp_replicate` first; ranks of a stage are consecutive.
         node_ranks: ranks of one node.
-        stages: pipeline stages; ranks of a stage are consecutive.
         replicas: copies wanted; fewer where there are not as many other ranks.
     """
-    per_stage = size // stages
+    size = math.prod(shape)
+    per_stage = size // shape[0]
+    same = [twins(shape, rank) for rank in range(size)]
 
-    def cost(shift: int) -> tuple[int, int, int]:
+    def cost(shift: int) -> tuple[int, int, int, int]:
         pairs = [(rank, (rank + shift) % size) for rank in range(size)]
+        useless = sum(b in same[a] for a, b in pairs)
         same_node = sum(a // node_ranks == b // node_ranks for a, b in pairs)
         neighbours = sum(abs(a // per_stage - b // per_stage) == 1 for a, b in pairs)
-        return same_node, neighbours, shift
+        return useless, same_node, neighbours, shift
 
     return tuple(sorted(range(1, size), key=cost)[:replicas])
 

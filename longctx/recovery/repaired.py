@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from parallel import comm
 from parallel.lost import says_lost
 
 from .. import checkpoint
@@ -162,6 +163,9 @@ class Repaired:
         """Remember the state after a step, every `recovery.every` steps."""
         step, config = run.progress.step, run.config
         self._reached = step
+        compare = config.recovery.compare_every
+        if compare and step % compare == 0:
+            compare_twins(run, step)
         if step % config.recovery.every and step != config.train.steps:
             return
         assert self._replication is not None
@@ -170,13 +174,11 @@ class Repaired:
             return
         self.pulse("keep")
         self._keep(run, row)
-        every = config.recovery.compare_every
-        if every and step % every == 0:
-            compare_twins(run, step)
 
-    def older(self) -> bool:
-        """Whether there is a state before the newest."""
-        return self._memory.own.count() > 1
+    def older(self, run: Run) -> bool:
+        """Whether there is a state before the newest; a rank that has just replaced another has one alone."""
+        count = torch.tensor([self._memory.own.count()], device=run.world.device)
+        return int(comm.all_reduce(count, group=run.mesh.group("world"), op="min")) > 1
 
     def go_back(self, run: Run, *, further: bool) -> None:
         """Restore the newest state of all ranks, or the one before."""
@@ -221,7 +223,7 @@ class Repaired:
         self._replication = Replication(
             self._memory,
             run.mesh.host_group(),
-            shifts(self._place.size, node_ranks=self._place.local_size, stages=shape[0], replicas=copies),
+            shifts(shape, node_ranks=self._place.local_size, replicas=copies),
             strike=(lambda step: strike(step, "replicate")) if strike else None,
         )
         self._keeper = Keeper(self._memory.own)

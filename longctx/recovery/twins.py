@@ -27,12 +27,15 @@ def compare_twins(run: Run, step: int) -> None:
 
 
 def first_difference(replicas: list[dict[str, object]]) -> str | None:
-    """The first tensor of which replicas have different digests, and who is in the minority."""
+    """The first tensor of which replicas have different digests, and who is in the minority, if one is."""
     digests: list[dict[str, int]] = [each["digests"] for each in replicas]  # type: ignore[misc]
     for name in digests[0]:
         values = Counter(each[name] for each in digests)
         if len(values) > 1:
-            common = values.most_common(1)[0][0]
+            common, count = values.most_common(1)[0]
+            if 2 * count <= len(replicas):
+                who = ", ".join(f"rank {each['rank']} ({each['host']})" for each in replicas)
+                return f"{name} differs between {who}, which hold the same shard; check their memory and GPUs"
             odd = next(i for i, each in enumerate(digests) if each[name] != common)
             others = [each["rank"] for i, each in enumerate(replicas) if i != odd]
             return (

@@ -10,8 +10,11 @@ NAMED = 8
 """Documents of a batch that a message lists; the event has all."""
 
 
-def answer(run: Run, spike: LossSpike, members: Members, folder: RunFolder) -> None:
+def answer(run: Run, spike: LossSpike, members: Members, folder: RunFolder) -> bool:
     """Answer a spike of the step under way; all ranks call it, with the same spike.
+
+    Returns:
+        Whether steps that are done will be done again with other batches.
 
     Raises:
         TrainingDiverged: with train.on_spike=stop.
@@ -27,10 +30,10 @@ def answer(run: Run, spike: LossSpike, members: Members, folder: RunFolder) -> N
     progress.spikes += 1
     if progress.spikes > config.max_spikes:
         raise NoProgress(f"{what}. {config.max_spikes} spikes were answered before (train.max_spikes)")
-    skipped = [batch]
+    skipped, further = [batch], False
     if config.on_spike == "rewind":
         # The batch before was left out at this very step, and this one is no better: the weights are hurt.
-        further = bool(progress.skipped) and progress.skipped[-1] == batch - 1 and members.older()
+        further = bool(progress.skipped) and progress.skipped[-1] == batch - 1 and members.older(run)
         members.go_back(run, further=further)
         if further:
             skipped = list(range(progress.batch(), batch + 1))
@@ -39,3 +42,4 @@ def answer(run: Run, spike: LossSpike, members: Members, folder: RunFolder) -> N
     folder.event("spike", step=step + 1, reason=str(spike), **details)
     if run.world.rank == 0:
         print(f"{what}. Left out: batches {skipped}; going on from step {progress.step}", flush=True)
+    return further

@@ -275,11 +275,21 @@ def _one_step(session: Session) -> StepResult:
             )
         except LossSpike as spike:
             try:
-                answer(run, spike, session.members, session.out.folder)
+                if answer(run, spike, session.members, session.out.folder):
+                    _forget(session)
             except TrainingDiverged as error:
                 session.saves.wait()
                 newest = session.saves.newest or "none"
                 raise TrainingDiverged(f"{error}. Last good checkpoint: {newest}") from spike
+
+
+def _forget(session: Session) -> None:
+    """Drop the rows of steps that are done again with other batches."""
+    out = session.out
+    for sink in out.sinks or ():
+        sink.forget(session.run.progress.step)
+    if out.goodput is not None:
+        out.goodput = Goodput(out.folder)
 
 
 def _write(session: Session, row: Row) -> None:

@@ -25,6 +25,9 @@ class Sink(Protocol):
     def write(self, row: Row) -> None:
         """Take the row."""
 
+    def forget(self, step: int) -> None:
+        """What follows a step is undone; it comes again with other numbers."""
+
     def close(self) -> None:
         """Flush and release."""
 
@@ -34,7 +37,7 @@ class JsonlSink:
 
     A line is the word that the step is done. After a recovery steps are computed again; their lines
     stand, and a row that says something else about them is told as `mismatch`. On resume from a
-    checkpoint, rows after the resumed step are dropped.
+    checkpoint, and where a loss spike undoes steps for good, rows after that step are dropped.
     """
 
     def __init__(
@@ -47,9 +50,12 @@ class JsonlSink:
             resumed_step: step after which rows are dropped; None: all whole lines stay.
             mismatch: called with the row that stands and the one that was computed again.
         """
-        self._written = {row["step"]: row for row in _keep_until(path, resumed_step)[-RECENT:]}
-        self._mismatch = mismatch
-        self._file = path.open("a")
+        self._path, self._mismatch = path, mismatch
+        self._open(resumed_step)
+
+    def _open(self, last_step: int | None) -> None:
+        self._written = {row["step"]: row for row in _keep_until(self._path, last_step)[-RECENT:]}
+        self._file = self._path.open("a")
 
     def write(self, row: Row) -> None:
         """Append the row, readable at once by a reader of the file; a step's first row stands."""
@@ -62,6 +68,11 @@ class JsonlSink:
             self._written.pop(row["step"] - RECENT, None)
         elif self._mismatch is not None and any(before.get(name) != row.get(name) for name in COMPUTED):
             self._mismatch(before, row)
+
+    def forget(self, step: int) -> None:
+        """Drop the rows after a step."""
+        self._file.close()
+        self._open(step)
 
     def close(self) -> None:
         """Flush to disk."""
@@ -102,6 +113,9 @@ class TerminalSink:
         elif row["step"] % self._every == 0 or row["step"] == self._steps or "held_out_loss" in row:
             left = (self._steps - row["step"]) * sum(self._seconds) / len(self._seconds)
             print(f"step {row['step']:>5}/{self._steps}  {text}  {_clock(left)} left", flush=True)
+
+    def forget(self, step: int) -> None:
+        """What was shown was shown."""
 
     def close(self) -> None:
         """End the live line."""
@@ -165,6 +179,9 @@ class WandbSink:
         check_names(row)
         named = {f"{metric_of(name).panel}/{name}": value for name, value in row.items()}
         self._run.log(named | {"tokens": row["tokens"]})
+
+    def forget(self, step: int) -> None:
+        """What was logged stands; the later points come beside it."""
 
     def close(self) -> None:
         """Finish the run."""

@@ -124,8 +124,11 @@ def _at_own_pace(run: Run, microbatches: list[PackedBatch], losses: Losses) -> N
     own = [batch for batch in microbatches if batch.num_tokens]
     for batch in (*own, PackedBatch.empty()):
         fsdp.set_last_backward(run.model, not batch.num_tokens)
+        run.pulse("forward")
         logits, local, layout = run.forward(batch, training=True)
-        losses.add(logits, local, batch, layout).backward()
+        loss = losses.add(logits, local, batch, layout)
+        run.pulse("backward")
+        loss.backward()
     fsdp.reshard(run.model)
 
 

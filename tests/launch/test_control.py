@@ -1,15 +1,19 @@
 """The control server and its handshake, over real sockets."""
 
 import json
+import os
 import socket
 import stat
 import threading
 
 import pytest
 
-from launch.control import ADDRESS_FILE, ControlServer, find
+from launch import local
+from launch.control import ADDRESS_FILE, ControlServer, find, in_use
 from launch.lines import ClosedError, Lines, admit, connect
+from launch.local import Job
 from launch.membership import Membership
+from launch.protocol import BAD_INPUT
 
 
 @pytest.fixture
@@ -81,3 +85,22 @@ def test_an_address_of_an_earlier_start_is_not_enough(tmp_path):
     (tmp_path / ADDRESS_FILE).write_text('{"host": "127.0.0.1", "port": 1, "secret": "old"}')
     with pytest.raises(ClosedError, match=r"run\.dir must be a folder that all nodes share"):
         find(tmp_path, node=1, first_rank=1, timeout_s=0.3)
+
+
+def test_a_folder_is_in_use_while_its_server_answers(tmp_path):
+    assert in_use(tmp_path) == ""
+    server = ControlServer(Membership(size=1), host="127.0.0.1", folder=tmp_path)
+    assert f"run.dir={tmp_path}" in in_use(tmp_path)
+    job = Job(argv=("x.py",), processes=1, status=tmp_path / "status.json")
+    (tmp_path / "status.json").write_text("the other's")
+    assert local.run(job) == BAD_INPUT and (tmp_path / "status.json").exists()
+    server.close()
+    assert in_use(tmp_path) == ""
+
+
+def test_a_host_that_vanishes_is_noticed(server, tmp_path):
+    lines = find(tmp_path, node=0, first_rank=0, timeout_s=5)
+    with socket.socket(fileno=os.dup(lines.fileno())) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+    lines.close()

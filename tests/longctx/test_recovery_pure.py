@@ -18,17 +18,23 @@ from longctx.world import Progress
 
 
 def test_copies_go_to_other_nodes_and_not_to_neighbouring_stages():
-    assert shifts(4, node_ranks=4, stages=1, replicas=1) == (1,)
-    assert shifts(8, node_ranks=4, stages=1, replicas=1) == (4,)
-    assert shifts(4, node_ranks=4, stages=4, replicas=1) == (2,)  # 1 and 3 are neighbours
-    assert shifts(16, node_ranks=4, stages=4, replicas=1) == (8,)
-    assert len(shifts(3, node_ranks=3, stages=1, replicas=5)) == 2
+    assert shifts((1, 1, 4), node_ranks=4, replicas=1) == (1,)
+    assert shifts((1, 1, 8), node_ranks=4, replicas=1) == (4,)
+    assert shifts((4, 1, 1), node_ranks=4, replicas=1) == (2,)  # 1 and 3 are neighbours
+    assert shifts((4, 1, 4), node_ranks=4, replicas=1) == (8,)
+    assert len(shifts((1, 1, 3), node_ranks=3, replicas=5)) == 2
+
+
+def test_no_copy_goes_to_a_twin_while_another_rank_is_there():
+    assert shifts((1, 2, 4), node_ranks=4, replicas=1) == (3,)  # rank r + 4, on the other node, is its twin
+    for shift in shifts((1, 2, 2), node_ranks=4, replicas=2):
+        assert all((rank + shift) % 4 not in twins((1, 2, 2), rank) for rank in range(4))
 
 
 @given(nodes=st.integers(1, 4), node_ranks=st.integers(1, 4), replicas=st.integers(1, 3))
 def test_no_copy_stays_on_its_node_where_there_is_another(nodes, node_ranks, replicas):
     size = nodes * node_ranks
-    found = shifts(size, node_ranks=node_ranks, stages=1, replicas=replicas)
+    found = shifts((1, 1, size), node_ranks=node_ranks, replicas=replicas)
     assert len(set(found)) == len(found) == min(replicas, size - 1)
     if nodes > 1:
         holders = [(rank + found[0]) % size for rank in range(size)]
@@ -157,6 +163,8 @@ def test_the_replica_in_the_minority_is_named_with_its_tensor():
     replicas[1]["digests"] = {"a": 1, "b": 3}
     problem = first_difference(replicas)
     assert problem is not None and "b on rank 4 (h4)" in problem and "[0, 8]" in problem
+    problem = first_difference(replicas[:2])
+    assert problem is not None and "b differs between rank 0 (h0), rank 4 (h4)" in problem
 
 
 def test_a_robust_score_ignores_single_outliers():
@@ -207,6 +215,9 @@ def test_faults_that_can_never_strike_are_refused():
         (Fault(step=1, rank=0, phase="lunch"), "phase 'lunch'"),
         (Fault(step=1, rank=0, phase="data", kind="meteor"), "kind 'meteor'"),
         (Fault(step=1, rank=9, phase="data"), "rank 9"),
+        (Fault(step=1, rank=0, phase="start"), "phase 'start'"),
+        (Fault(step=6, rank=0, phase="data"), "step 6 is not one of 0 to 5"),
+        (Fault(step=-5, rank=0, phase="data"), "step -5"),
     ):
         with pytest.raises(ConfigError, match=words):
-            fault.check(4)
+            fault.check(4, 6)
