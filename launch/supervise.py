@@ -5,7 +5,6 @@ The first process of a node supervises its trainers; the others wait for its ver
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,7 @@ from .verdict import wait_for_verdict
 def main(argv: Sequence[str]) -> int:
     """Supervise or wait; returns the job's exit code."""
     if os.environ["LOCAL_RANK"] != "0":
-        for number in FORWARDED:
-            signal.signal(number, signal.SIG_IGN)  # for the supervisor to pass on
-        return wait_for_verdict()
+        return wait_for_verdict(FORWARDED)
     at = list(argv).index("--")
     options = _parser().parse_args(argv[:at])
     settings = Settings(

@@ -1,8 +1,10 @@
 """How the supervisor of a node tells torchrun's other processes there how the job ended."""
 
 import os
+import signal
 import socket
 import time
+from collections.abc import Sequence
 
 from .protocol import FAILED
 
@@ -34,8 +36,14 @@ class VerdictServer:
                 peer.send(f"{exit_code}\n".encode())
 
 
-def wait_for_verdict() -> int:
-    """Exit code of the job, from the supervisor of this node; `FAILED` if that one dies."""
+def wait_for_verdict(signals: Sequence[signal.Signals] = ()) -> int:
+    """Exit code of the job, from the supervisor of this node; `FAILED` if that one dies.
+
+    Args:
+        signals: left to the supervisor as soon as there is one; until then they end this process.
+    """
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)
     deadline = time.monotonic() + FIND_S
     with socket.socket(socket.AF_UNIX) as sock:
         while True:
@@ -46,6 +54,8 @@ def wait_for_verdict() -> int:
                 if time.monotonic() > deadline:
                     return FAILED
                 time.sleep(0.05)
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
         try:
             answer = sock.recv(64)
         except ConnectionError:

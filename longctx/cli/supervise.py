@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..config.check import resolve
+from ..config.check import check_replicas, resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
 from ..errors import ConfigError
@@ -61,6 +61,7 @@ def _check(config: Config, folder: Path, *, first: bool) -> None:
     if device == "auto":  # without torch, which costs a second
         device = "cuda" if visible_gpus() else "cpu"
     resolve(config, size, device, node_ranks=local)
+    check_replicas(config, size)
 
 
 def _leave_if_over(folder: Path) -> None:

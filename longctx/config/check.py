@@ -57,14 +57,13 @@ def resolve(config: Config, world_size: int, device_type: str, *, node_ranks: in
     check_tensor(config.model, degrees)
     check_node(config, degrees, machine)
     check_fsdp(config, degrees)
-    check_replicas(config, world_size)
     check_pipeline(config, degrees)
     chosen = replace(config.parallel, dp_shard=degrees.dp_shard, ring=degrees.ring, ulysses=degrees.ulysses)
     return replace(config, parallel=chosen)
 
 
 def check_replicas(config: Config, world_size: int) -> None:
-    """Refuse more copies of a rank's state than there are other ranks."""
+    """Refuse more copies of a rank's state than there are other ranks; only training keeps any."""
     if config.recovery.mode == "replicate" and 1 < world_size <= config.recovery.replicas:
         raise ConfigError(
             f"recovery.replicas={config.recovery.replicas} needs as many other ranks, and there are "

@@ -90,3 +90,11 @@ def test_a_second_job_leaves_a_folder_that_is_in_use_alone(supervise, tmp_path):
     assert second.returncode == 2 and "belongs to a run that is at work" in second.stderr
     assert (tmp_path / "run" / "control.json").read_text() == address
     assert not (tmp_path / "run" / "status.json").exists()
+
+
+def test_a_rank_that_waits_for_a_supervisor_in_vain_can_be_stopped():
+    command = [sys.executable, "-m", "launch.supervise", "--folder", "run", "--", "x"]
+    waiting = subprocess.Popen(command, cwd=ROOT, env=os.environ | VARIABLES | {"LOCAL_RANK": "1"})
+    time.sleep(1)
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(timeout=10) == -signal.SIGTERM

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.config.check import check_replicas
+from longctx.config.load import load
 from longctx.errors import ConfigError
 from longctx.recovery.faults import Fault, Faults, InjectedError, write_plan
 from longctx.recovery.generations import DamagedError, Shelf, Slot, State, meta_of, seal
@@ -221,3 +223,11 @@ def test_faults_that_can_never_strike_are_refused():
     ):
         with pytest.raises(ConfigError, match=words):
             fault.check(4, 6)
+
+
+def test_more_copies_than_other_ranks_are_refused():
+    config = load([], ["recovery.replicas=2"]).config
+    check_replicas(config, 3)
+    check_replicas(config, 1)  # nothing is replicated
+    with pytest.raises(ConfigError, match=r"recovery\.replicas=2 .* 2 processes; set it to at most 1"):
+        check_replicas(config, 2)

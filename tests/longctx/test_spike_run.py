@@ -37,6 +37,22 @@ def run_one(rank, size, base, name, extra):
     return train(config, Fixed(world))
 
 
+def run_hurt(rank, size, base, name, extra):
+    """Batches 3 and 4 are spikes, whatever is in them."""
+    from longctx.spike import LossSpike
+    from longctx.train import loop
+
+    step = loop.train_step
+
+    def judged(run, learning_rate, **options):
+        if run.progress.batch() in (3, 4):
+            raise LossSpike("a rehearsed spike")
+        return step(run, learning_rate, **options)
+
+    loop.train_step = judged
+    return run_one(rank, size, base, name, extra)
+
+
 def trained(base, name, *extra, size=2):
     return set(run_ranks(run_one, size, base, name, extra, init=False))
 
@@ -77,6 +93,19 @@ def test_a_poisoned_batch_is_left_out_and_the_rest_is_the_run_without_it(poisone
 
     assert trained(poisoned, "skipped", "train.on_spike=skip") == {0}
     assert rows(poisoned, "skipped") == rows(poisoned, "without")
+
+
+def test_a_second_spike_undoes_a_step_and_its_line_for_good(poisoned):
+    hurt = ("train.on_spike=rewind", "train.steps=7")
+    assert set(run_ranks(run_hurt, 1, poisoned, "undone", hurt, init=False)) == {0}
+    assert [event["skipped"] for event in spikes(poisoned, "undone")] == [[3], [2, 3, 4]]
+    assert trained(poisoned, "plain", "train.skip_batches=[2,3,4]", "train.steps=7", size=1) == {0}
+    assert rows(poisoned, "undone") == rows(poisoned, "plain")
+    text = (poisoned / "undone" / "events.jsonl").read_text()
+    assert '"mismatch"' not in text
+    lines = [json.loads(line) for line in (poisoned / "undone" / "metrics.jsonl").read_text().splitlines()]
+    useful = sum(line["step_time_s"] for line in lines)
+    assert lines[-1]["goodput"] * lines[-1]["run_s"] == pytest.approx(useful)
 
 
 def test_stop_names_the_documents_and_where_to_go_on(poisoned):
