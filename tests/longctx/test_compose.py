@@ -36,9 +36,26 @@ def one(base):
     return reference
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 4}, {"dp_shard": 2, "tp": 2}], ids=str)
+TENSOR = [{"tp": 2}, {"tp": 4}, {"dp_shard": 2, "tp": 2}]
+QUICK = {("plain", "float32", 2), ("untied-bias-norm", "float32", 0)}
+"""Single precision once with FSDP and once without; the rest of it is in the slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "dtype"),
+    [
+        pytest.param(
+            layout,
+            kind,
+            dtype,
+            marks=() if dtype == "float64" or (kind, dtype, number) in QUICK else pytest.mark.slow,
+        )
+        for number, layout in enumerate(TENSOR)
+        for kind in KINDS
+        for dtype in ("float32", "float64")
+    ],
+    ids=str,
+)
 def test_tensor_parallel_equals_one_process(base, one, layout, kind, dtype):
     extra = (f"train.dtype={dtype}", *KINDS[kind])
     assert_equal_to_one(run_one_step(base, layout, extra, label=f"{kind}-"), one(*extra), dtype)
@@ -59,15 +76,22 @@ def run_training(base, name: str, size: int, layout: dict, *extra: str) -> list[
 LAYOUTS = {"tp2": (2, {"tp": 2}), "tp4": (4, {"tp": 4}), "shard2": (2, {"dp_shard": 2})}
 
 
+SIX_STEPS = ("train.dtype=float64", "checkpoint.every=3", "checkpoint.keep=9")
+
+
+@pytest.fixture(scope="module")
+def six_steps(base):
+    """Six steps in one process."""
+    return run_training(base, "move-one", 1, {}, *SIX_STEPS)
+
+
 @pytest.mark.parametrize("first,second", [("tp2", "shard2"), ("shard2", "tp2"), ("tp2", "tp4")])
-def test_a_checkpoint_moves_between_tp_and_fsdp(base, first, second):
+def test_a_checkpoint_moves_between_tp_and_fsdp(base, six_steps, first, second):
     """Three steps in one layout and three in another are six steps in one process."""
-    extra = ("train.dtype=float64", "checkpoint.every=3", "checkpoint.keep=9")
     name = f"move-{first}-{second}"
-    expected = run_training(base, f"{name}-one", 1, {}, *extra)
-    run_training(base, name, *LAYOUTS[first], *extra)
+    run_training(base, name, *LAYOUTS[first], *SIX_STEPS)
     shutil.rmtree(base / name / "ckpt" / "step-00000006")
-    found = run_training(base, name, *LAYOUTS[second], *extra, "run.resume=true")
+    found = run_training(base, name, *LAYOUTS[second], *SIX_STEPS, "run.resume=true")
     for key in ("loss", "grad_norm", "held_out_loss"):
-        want = [row[key] for row in expected if key in row]
+        want = [row[key] for row in six_steps if key in row]
         assert [row[key] for row in found if key in row] == pytest.approx(want, rel=1e-10)

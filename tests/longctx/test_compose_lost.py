@@ -39,14 +39,15 @@ def lose_rank(rank: int, size: int, base, name: str, layout: dict, how: tuple[st
     train_step(run, 1e-4)
     if rank == 1 and how == "dies":
         os._exit(3)
+    seen, started = base / name / "seen", time.monotonic()
     if rank == 1:
-        time.sleep(3 * TIMEOUT_S)
+        while time.monotonic() - started < 3 * TIMEOUT_S and not seen.exists():
+            time.sleep(0.1)
         return
-    started = time.monotonic()
     try:
         phase_of(run, phase)()
     except PeerLost as error:
-        (base / name / "seen").write_text(f"{time.monotonic() - started} {error}")
+        seen.write_text(f"{time.monotonic() - started} {error}")
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])

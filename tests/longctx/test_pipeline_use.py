@@ -92,7 +92,10 @@ def reports(base):
     return of
 
 
-@pytest.mark.parametrize("name", ["ulysses", "stages", "stages-tp", "four-stages"])
+@pytest.mark.parametrize(
+    "name",
+    ["stages", "stages-tp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ulysses", "four-stages"))],
+)
 def test_every_layout_gives_one_process_s_report_with_and_without_remaps(reports, name):
     expected = reports("one")[0]
     found = reports(name)
