@@ -107,6 +107,18 @@ def _check_container(job: Job, site: Site) -> None:
             )
 
 
+def grace(loaded: Loaded, *, here: bool) -> int:
+    """Seconds from the first word about a stop to the kill, whichever stop leaves least; 0: unknown.
+
+    Args:
+        loaded: a job and a site that have been checked.
+        here: on this machine, where nobody ends a job without a time limit.
+    """
+    limited = loaded.job.time_limit or (loaded.site.scheduler == "slurm" and not here)
+    known = (loaded.site.grace, loaded.job.signal.before if limited else 0)
+    return min((each for each in known if each), default=0)
+
+
 def warnings(job: Job, site: Site) -> list[str]:
     """What may go wrong at a stop; nothing here stops a launch."""
     notes, stop = [], f"a step and a save take {job.stop_s:.0f} s"

@@ -15,7 +15,7 @@ from . import slurm
 
 
 def shape(argv: Sequence[str]) -> int:
-    """Print the nodes, processes and devices that a job and a site make, and the site's grace time."""
+    """Print the nodes, processes and devices that a job and a site make, and what a stop leaves."""
     parser = argparse.ArgumentParser(prog="launch shape")
     slurm.add_spec(parser)
     parser.add_argument("--here", action="store_true", help="refuse what this machine alone cannot do")
@@ -28,7 +28,7 @@ def shape(argv: Sequence[str]) -> int:
         here.job_here(loaded)
     if options.submits:
         submit.check_sbatch()
-    devices, grace = check.devices(job, loaded.site), loaded.site.grace
+    devices, grace = check.devices(job, loaded.site), check.grace(loaded, here=options.here)
     content: dict[str, int] = {"nodes": job.nodes, "processes": job.processes, "devices": devices}
     print(json.dumps(content | {"grace": grace, "chosen": devices > 0 or asked}))
     return DONE

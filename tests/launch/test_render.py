@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from launch import examples
 from launch.__main__ import main
-from launch.check import check
+from launch.check import check, grace
 from launch.directives import parse
 from launch.errors import SpecError
 from launch.hosts import lines as host_lines
@@ -188,3 +188,18 @@ def test_the_shape_is_told_as_json(capsys):
     assert main(["shape", "--site=slurm", "--set=nodes=3"]) == 0
     shape = {"nodes": 3, "processes": 8, "devices": 8, "grace": 30, "chosen": True}
     assert json.loads(capsys.readouterr().out) == shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "seconds"),
+    [
+        ([], False, 180),
+        ([], True, 0),
+        (["site.grace=30"], True, 30),
+        (["site.grace=900"], False, 180),
+        (["time_limit=1h", "signal.before=60"], True, 60),
+        (["site.scheduler=none"], False, 0),
+    ],
+)
+def test_what_the_shortest_stop_leaves(changes, here, seconds):
+    assert grace(check(load("", "", changes, values={"argv": ["x.py"]})), here=here) == seconds
