@@ -66,7 +66,9 @@ def test_resumed_run_is_bit_identical(base, uninterrupted):
     ]
 
 
-@pytest.mark.parametrize("layout", ["one", "ring2", "shard2-ring2"])
+@pytest.mark.parametrize(
+    "layout", ["shard2-ring2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("one", "ring2"))]
+)
 def test_resumed_with_another_world_size_or_layout_stays_within_tolerance(base, uninterrupted, layout):
     copy_at_step_3(base, f"to-{layout}")
     rows = run_layout(base, f"to-{layout}", layout, "train.steps=6", "run.resume=true")

@@ -79,12 +79,18 @@ def flat(report, path=()):
     return {path: report}
 
 
+@pytest.fixture(scope="module")
+def alone(base):
+    """Reports of one process by remap."""
+    extra = {remap: ("train.dtype=float64", *remap) for remap in ((), STRING)}
+    return {remap: flat(on(base, "expected", report_rank, extra=extra[remap])[0]) for remap in extra}
+
+
 @pytest.mark.parametrize(
     ("layout", "remap"), [("usp", ()), ("groups", ()), ("stages", ()), ("usp", STRING)], ids=str
 )
-def test_every_layout_gives_the_report_of_one_process(base, layout, remap):
-    extra = ("train.dtype=float64", *remap)
-    expected = flat(on(base, "expected", report_rank, extra=extra)[0])
+def test_every_layout_gives_the_report_of_one_process(base, alone, layout, remap):
+    extra, expected = ("train.dtype=float64", *remap), alone[remap]
     reports = on(base, f"{layout}", report_rank, layout=layout, extra=extra)
     assert all(report == reports[0] for report in reports)
     found = flat(reports[0])
