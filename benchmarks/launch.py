@@ -1,9 +1,9 @@
 """What launching costs: rendering, the way to the first step, preemption and node loss on a real Slurm.
 
+`launch_start.py` measures the start of many nodes.
+
 Render: `launch slurm --dry-run` as a process, with Python's own start. Goal < 0.3 s.
 First step: `longctx launch local` of the tiny recipe on two processes, to the first line of metrics.jsonl.
-Start: 64 nodes at once, played by this machine, until their ranks have imported torch, beside one node alone;
-and the file-system calls of a rank, under strace where it is installed (`_launch_start.py`: what is real).
 Slurm (tests/support/slurm_cluster.py, three nodes on this machine): seconds from `scancel --signal=USR1`, and
 from `kill -9` of a slurmd, to the first step of the resumed run; Slurm's own share (the hold after a requeue,
 the time to notice a lost node) is told apart.
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from _launch_start import start
 from harness import Figure, median
 
 sys.path.insert(0, str(harness.ROOT / "tests" / "support"))
@@ -27,7 +26,6 @@ sys.path.insert(0, str(harness.ROOT / "tests" / "support"))
 import slurm_cluster
 from tiny import overrides, write_corpus
 
-NODES = 64
 LAYOUT = {"dp_shard": 2}
 RUN = (
     "train.steps=400",
@@ -163,10 +161,7 @@ def main() -> None:
         base = Path(folder)
         base.chmod(0o755)
         write_corpus(base / "docs")
-        figures = render(1 if args.quick else 7) | start(
-            base / "start", nodes=2 if args.quick else NODES, calls=not args.quick
-        )
-        figures |= first_step(base) | slurm(base, quick=args.quick)
+        figures = render(1 if args.quick else 7) | first_step(base) | slurm(base, quick=args.quick)
     harness.report(__file__, figures, args)
 
 

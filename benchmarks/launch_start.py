@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,11 +31,12 @@ with open(os.path.join(sys.argv[1], "rank-" + os.environ.get("RANK", "0")), "w")
     json.dump([early, time.time()], file)
 """
 NO_STRACE = "strace is not installed"
+NODES = 64
 RANKS = 8
 """Ranks of a node in the file-system figures."""
 
 
-def start(base: Path, *, nodes: int, calls: bool) -> dict[str, Figure]:
+def measure(base: Path, *, nodes: int, calls: bool) -> dict[str, Figure]:
     """Seconds of the start on many nodes and on one, and with `calls` the file-system calls of a rank."""
     together, alone = _start(base / "many", nodes), _start(base / "one", 1)
     many = f"on {nodes} nodes at once"
@@ -164,3 +166,16 @@ def _cpu() -> float:
     """Processor time of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    """Measure and report."""
+    args = harness.parser(__doc__).parse_args()
+    with tempfile.TemporaryDirectory(prefix="launch-start-") as folder:
+        nodes = 2 if args.quick else NODES
+        figures = measure(Path(folder, "start"), nodes=nodes, calls=not args.quick)
+    harness.report(__file__, figures, args)
+
+
+if __name__ == "__main__":
+    main()
