@@ -1,18 +1,17 @@
 """The start of a job on many nodes, all played by this machine: preflight, choice of nodes, torchrun, torch.
 
 What is real: every node's preflight process, `begin` over all answers, the batch script's own `node.sh` with
-the real torchrun, all of them meeting at one rendezvous, and on each node one worker that imports what
-`longctx train` imports, and then torch. What is not: the nodes share these cores (processor time is given
-beside the clock's), one file system that has everything in its cache, and one network interface; srun's own
-start is not in it; and a node has one worker in the place of eight, so the file-system calls of a rank are
-put together from their parts.
+the real torchrun, and on each node one worker that imports what `longctx train` imports, and then torch. What
+is not: the nodes share these cores (processor time is given beside the clock's) and one file system that has
+everything in its cache; each node meets only itself, since 64 torchruns that join one rendezvous on two cores
+spend minutes of processor time on each other's attempts; srun's own start is not in it; and a node has one
+worker in the place of eight, so the file-system calls of a rank are put together from their parts.
 """
 
 import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ WORKER = """import json, os, sys, time
 {before}
 early = time.time()
 {torch}
-with open(os.path.join(sys.argv[1], "rank-" + os.environ.get("RANK", "0")), "w") as file:
+with open(os.path.join(sys.argv[1], "rank-" + os.environ["NODE"]), "w") as file:
     json.dump([early, time.time()], file)
 """
 NO_STRACE = "strace is not installed"
@@ -66,8 +65,7 @@ def _start(base: Path, nodes: int) -> dict[str, float]:
     checked = time.time()
     subprocess.run(_begin(base, names), cwd=harness.ROOT, env=_env(scratch), check=True, capture_output=True)
     chosen, spent = time.time(), _cpu()
-    port = str(_free_port())
-    envs = [_env(scratch, **_node(nodes, port), SLURM_PROCID=str(index)) for index in range(nodes)]
+    envs = [_env(scratch / name, **_node(), NODE=name) for name in names]
     _all(envs, _node_words(base, WORKER.format(before=BEFORE_TORCH, torch="import torch")))
     told = [json.loads(path.read_text()) for path in base.glob("rank-*")]
     if len(told) != nodes:
@@ -87,7 +85,7 @@ def _file_calls(base: Path) -> dict[str, Figure]:
     if shutil.which("strace") is None:
         return {name: Figure(None, "count", NO_STRACE) for name in names}
     base.mkdir()
-    env = _env(base, **_node(1, str(_free_port())), SLURM_PROCID="0")
+    env = _env(base, **_node(), NODE="0")
     worker = WORKER.format(before=BEFORE_TORCH, torch="import torch")
     preflight = _traced(base, _preflight(base), env)
     early = _traced(base, [sys.executable, "-c", BEFORE_TORCH], env)
@@ -137,13 +135,14 @@ def _node_words(base: Path, program: str) -> list[str]:
     return ["bash", str(node), "1", sys.executable, str(script), str(base)]
 
 
-def _node(nodes: int, port: str) -> dict[str, str]:
+def _node() -> dict[str, str]:
     """What the batch script tells node.sh."""
     return {
-        "LAUNCH_NODES": str(nodes),
+        "SLURM_PROCID": "0",
+        "LAUNCH_NODES": "1",
         "LAUNCH_PROCESSES": "1",
         "LAUNCH_ADDRESS": "127.0.0.1",
-        "LAUNCH_PORT": port,
+        "LAUNCH_PORT": "0",
         "LAUNCH_ID": "start",
         "LAUNCH_LOG_LIMIT": str(2**20),
         "LAUNCH_RESTARTS": "0",
@@ -154,12 +153,6 @@ def _node(nodes: int, port: str) -> dict[str, str]:
 def _env(scratch: Path, **more: str) -> dict[str, str]:
     ours = {"PYTHONPATH": str(harness.ROOT), "OMP_NUM_THREADS": "1", "LAUNCH_LOGS": str(scratch)}
     return {**os.environ, **ours, **more}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _cpu() -> float:
