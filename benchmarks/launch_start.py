@@ -3,9 +3,9 @@
 What is real: every node's preflight process, `begin` over all answers, the batch script's own `node.sh` with
 the real torchrun, and on each node one worker that imports what `longctx train` imports, and then torch. What
 is not: the nodes share these cores (processor time is given beside the clock's) and one file system that has
-everything in its cache; each node meets only itself, since 64 torchruns that join one rendezvous on two cores
-spend minutes of processor time on each other's attempts; srun's own start is not in it; and a node has one
-worker in the place of eight, so the file-system calls of a rank are put together from their parts.
+everything in its cache; each node meets only itself, since 64 torchruns do not meet at one rendezvous within
+minutes on two cores; srun's own start is not in it; and a node has one worker in the place of eight, so the
+file-system calls of a rank are put together from their parts.
 """
 
 import json
