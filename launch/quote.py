@@ -9,6 +9,10 @@ _CREDENTIAL = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=@%+-]+")
 """What needs no quotes, also not for shellcheck, which takes a comma in an array for a mistake."""
+_KEYWORDS = frozenset(
+    "if then elif else fi for while until do done case esac in select function time coproc".split()
+)
+"""Plain words that a reader of shell, and shellcheck, would take for its own."""
 SHORTEST = 8
 """Letters from which on a value counts as a credential; shorter ones stand in any text."""
 
@@ -21,7 +25,8 @@ def quote(text: str, what: str = "a value") -> str:
     """
     if "\0" in text:
         raise SpecError(f"{what} {text!r} holds a NUL byte; no program can be given that")
-    return text if _PLAIN.fullmatch(text) else "'" + text.replace("'", "'\"'\"'") + "'"
+    plain = _PLAIN.fullmatch(text) and text not in _KEYWORDS
+    return text if plain else "'" + text.replace("'", "'\"'\"'") + "'"
 
 
 def words(values: Iterable[str]) -> str:

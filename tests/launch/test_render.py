@@ -18,6 +18,7 @@ from launch.directives import parse
 from launch.errors import SpecError
 from launch.hosts import lines as host_lines
 from launch.load import Loaded, load
+from launch.quote import quote
 from launch.slurm import REQUIRED, TEMPLATES, render
 
 ODD = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
@@ -99,6 +100,10 @@ def test_every_directive_can_be_changed_removed_and_added():
     for name in ("requeue", "signal", "exclusive"):
         assert not any(f"--{name}" in line for line in directives)
     assert "\n#BB x\n" in script
+
+
+def test_words_of_the_shell_itself_are_quoted():
+    assert quote("then") == "'then'" and quote("thenceforth") == "thenceforth"
 
 
 def test_all_directives_of_ours_can_go():
