@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -57,20 +56,8 @@ def finished(folder) -> list:
 
 
 def interrupted(corpus, cache, number):
-    """Start, wait for a few chunks, signal; returns what the process said.
-
-    Begins again if preparation was over before the signal: this process may have waited for a core.
-    """
+    """Start, wait for a few chunks, signal; returns what the process said."""
     folder = corpus[0]
-    for _ in range(5):
-        said = interrupted_once(folder, cache, number)
-        if said[0] != 0:
-            break
-        shutil.rmtree(folder / cache)
-    return said
-
-
-def interrupted_once(folder, cache, number):
     process = start_prepare(folder, options(folder, cache), chunk_bytes=CHUNK)
     wait_for(lambda: len(finished(folder / cache)) >= 10 or process.poll() is not None, "first chunks")
     if number == signal.SIGKILL:

@@ -32,7 +32,13 @@ def start_prepare(folder: Path, options: dict, *, chunk_bytes: int = 1 << 22) ->
         text=True,
         env=os.environ | {MARK: str(folder), "PYTHONPATH": str(Path(__file__).parents[2])},
         start_new_session=True,
+        preexec_fn=_hear_control_c,
     )
+
+
+def _hear_control_c() -> None:
+    """Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, what: str, *, timeout_s: float = 30.0):
