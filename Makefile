@@ -5,9 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 # Which torch: `make train` takes the CPU build; `make train TORCH_BUILD=cu128` a CUDA one.
-# TORCH_INDEX adds the package index that carries the build (PyPI has only its default build).
+# pip's own PIP_EXTRA_INDEX_URL names the index that carries the build (PyPI has only its default build).
 TORCH_BUILD ?= cpu
-TORCH_INDEX ?=
 TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .PHONY: help install install-dev train test test-all check format bench bench-gpu clean
@@ -21,8 +20,8 @@ $(VENV)/bin/python:
 
 $(VENV)/torch-$(TORCH_BUILD): constraints.txt | $(VENV)/bin/python
 	@rm -f $(VENV)/torch-*
-	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt 'torch==$(TORCH_PIN)+$(TORCH_BUILD)' \
-	  || { echo "no build torch $(TORCH_PIN)+$(TORCH_BUILD) where pip looks; set TORCH_INDEX to an index that has it. Taking the default build (may be several GB)."; \
+	$(PIP) install -c constraints.txt 'torch==$(TORCH_PIN)+$(TORCH_BUILD)' \
+	  || { echo "no build torch $(TORCH_PIN)+$(TORCH_BUILD) where pip looks; set PIP_EXTRA_INDEX_URL to an index that has it. Taking the default build (may be several GB)."; \
 	       $(PIP) install -c constraints.txt torch; }
 	@touch $@
 
