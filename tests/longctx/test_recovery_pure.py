@@ -142,6 +142,14 @@ def test_the_oldest_generation_is_overwritten_and_a_half_written_one_does_not_co
     assert shelf.count() == 0
 
 
+def test_a_few_bytes_more_of_json_take_no_new_memory():
+    slot, state = Slot(), State(tensors())
+    state.pack(slot, {"losses": []}, step=0)
+    before = slot.buffer.data_ptr()
+    state.pack(slot, {"losses": [0.1] * 64}, step=1)
+    assert slot.buffer.data_ptr() == before and meta_of(slot) == {"losses": [0.1] * 64}
+
+
 def test_a_generation_of_another_layout_is_refused():
     slot = Slot()
     State(tensors()).pack(slot, {}, step=0)
