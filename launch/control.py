@@ -20,6 +20,8 @@ from .membership import Membership
 
 ADDRESS_FILE = "control.json"
 POLL_S = 0.1
+BEAT_S = 5.0
+"""How often supervisors hear from the server, so that one that is stopped is missed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,7 @@ class ControlServer:
 
     def _serve(self) -> None:
         self._selector.register(self._woken, selectors.EVENT_READ)
+        beat = time.monotonic()
         while not self._closing:
             wait_s = self._membership.wait_s(time.monotonic())
             for key, _ in self._selector.select(wait_s):
@@ -91,6 +94,9 @@ class ControlServer:
                 else:
                     self._take(key.data)
             self._tell(self._membership.tick(time.monotonic()))
+            if time.monotonic() - beat > BEAT_S:
+                beat = time.monotonic()
+                self._tell([{"kind": "beat"}])
         for lines in self._nodes.values():
             lines.close()
 

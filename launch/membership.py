@@ -15,6 +15,8 @@ BROKEN_GRACE_S = 0.05
 """A rank's death breaks its peers' connections, whose word may come first; one epoch for both."""
 CONNECTIONS = -1
 """In the place of a rank: failures of connections alone."""
+SILENCE_S = 30.0
+"""After which a supervisor counts as gone though its connection stands: it was stopped, or hangs."""
 ENDED_GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has ended badly."""
 
@@ -48,6 +50,7 @@ class Membership:
     _bad_end: tuple[float, Message] | None = None
     _progress: dict[int, tuple[int, int]] = field(default_factory=dict)
     _progress_at: float = 0.0
+    _nodes: dict[int, tuple[float, Message]] = field(default_factory=dict)
     _best_step: int = -1
     _failures: Counter[int] = field(default_factory=Counter)
     _begun: set[int] = field(default_factory=set)
@@ -76,6 +79,9 @@ class Membership:
             return self._next_epoch({"rank": cause["rank"], "how": cause["error"], "alive": True}, now)
         if self._bad_end and now >= self._bad_end[0]:
             return self._verdict(self._bad_end[1])
+        silent = [hello for heard, hello in self._nodes.values() if now - heard > SILENCE_S]
+        if silent:
+            return self._without(silent[0], "the supervisor of node {} has been silent for too long")
         if self.formed and self._progress and now - self._progress_at > self.limits.hang_s:
             return self._kill_slowest(now)
         return []
@@ -120,6 +126,7 @@ class Membership:
         return self._verdict(self._bad_end[1] if self._bad_end else message)
 
     def _on_beats(self, message: Message, now: float) -> list[Message]:
+        self._nodes[message["node"]] = now, message
         for rank, step, progress in message["ranks"]:
             if self._progress.get(rank) != (step, progress):
                 self._progress[rank] = (step, progress)
@@ -130,8 +137,11 @@ class Membership:
         return []
 
     def _on_node_lost(self, message: Message, now: float) -> list[Message]:
-        error = f"node {message['node']} is gone with all its ranks; torchrun decides about a restart"
-        end = {"exit_code": FAILED, "rank": message["first_rank"], "error": error}
+        return self._without(message, "node {} is gone with all its ranks")
+
+    def _without(self, node: Message, how: str) -> list[Message]:
+        error = f"{how.format(node['node'])}; torchrun decides about a restart"
+        end = {"exit_code": FAILED, "rank": node["first_rank"], "error": error}
         return self._verdict(end | {"restart": True})
 
     def _next_epoch(self, loss: Message, now: float) -> list[Message]:

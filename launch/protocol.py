@@ -49,11 +49,11 @@ def write_status(path: Path, status: Status) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.launch.partial")
     content = {"exit_code": status.exit_code, "rank": status.rank, "error": status.error}
-    partial.write_text(json.dumps(content), encoding="utf-8")
     try:
+        partial.write_text(json.dumps(content), encoding="utf-8")
         os.link(partial, path)
         return True
     except FileExistsError:
         return False
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)

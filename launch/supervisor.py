@@ -19,7 +19,7 @@ from types import FrameType
 
 from .control import ControlServer, find, in_use
 from .lines import ClosedError, Lines, Message
-from .membership import Limits, Membership
+from .membership import SILENCE_S, Limits, Membership
 from .place import Place
 from .protocol import BAD_INPUT, DONE, FAILED, REQUEUE, Status, write_status
 from .verdict import VerdictServer
@@ -82,6 +82,7 @@ class Supervisor:
         self._epoch = 0
         self._verdict: Message | None = None
         self._begun = False
+        self._heard = time.monotonic()  # the control server
         self._signals = socket.socketpair()
 
     def run(self) -> int:
@@ -91,7 +92,11 @@ class Supervisor:
         if problem:  # without a word in the status file, which is the other job's
             say(f"error: {problem}")
             return BAD_INPUT
-        server = self._serve() if self._place.node == 0 else None
+        try:
+            server = self._serve() if self._place.node == 0 else None
+        except OSError as error:
+            say(f"error: no file can be written in {self._settings.folder}: {error.strerror or error}")
+            return BAD_INPUT
         verdicts = VerdictServer()
         try:
             self._control = find(
@@ -100,6 +105,7 @@ class Supervisor:
                 first_rank=self._place.first_rank,
                 timeout_s=60.0,
             )
+            self._heard = time.monotonic()
             self._selector.register(self._control, selectors.EVENT_READ, self._on_control)
             for local in range(self._place.local_size):
                 self._assign(self._start(), self._place.first_rank + local)
@@ -183,8 +189,14 @@ class Supervisor:
             if trainer.rank is not None and not trainer.ended and silent > limit and not trainer.killed:
                 self._kill(trainer, f"was silent for {silent:.1f} s (recovery.heartbeat_s={limit:g})")
         ranks = [[t.rank, *t.beat] for t in self._trainers if t.rank is not None and t.beat[0] >= 0]
-        if ranks:
-            self._control.send({"kind": "beats", "ranks": ranks})
+        self._control.send({"kind": "beats", "ranks": ranks} | self._node())
+        if now - self._heard > SILENCE_S:
+            self._verdict = self._gone(
+                "the first node's supervisor has been silent for too long; torchrun decides about a restart"
+            )
+
+    def _node(self) -> Message:
+        return {"node": self._place.node, "first_rank": self._place.first_rank}
 
     def _kill(self, trainer: Trainer, why: str) -> None:
         trainer.killed = why
@@ -243,6 +255,7 @@ class Supervisor:
             error = "the first node's supervisor is gone; torchrun decides about a restart"
             self._verdict = self._gone(error)
             return
+        self._heard = time.monotonic()
         for message in messages:
             kind = message["kind"]
             if kind == "verdict":
@@ -251,7 +264,7 @@ class Supervisor:
                 for trainer in self._trainers:
                     if trainer.rank == message["rank"]:
                         self._kill(trainer, f"was killed: {message['why']}")
-            else:
+            elif kind in ("form", "fence"):
                 self._epoch = message["epoch"]
                 for trainer in self._trainers:
                     if trainer.rank is not None:
@@ -297,7 +310,13 @@ class Supervisor:
         status = Status(
             exit_code=int(verdict["exit_code"]), rank=int(verdict["rank"] or 0), error=verdict["error"] or ""
         )
-        first = self._place.node == 0 and write_status(self._settings.folder / "status.json", status)
+        if self._place.node != 0:
+            return
+        try:
+            first = write_status(self._settings.folder / "status.json", status)
+        except OSError as error:
+            say(f"error: {self._settings.folder / 'status.json'} could not be written: {error.strerror}")
+            first = True
         if first and status.exit_code not in (DONE, REQUEUE) and status.error:
             say(f"error: {status.error}")
 

@@ -3,6 +3,10 @@
 from parallel.errors import ConfigError as ConfigError
 
 
+class FolderBusy(ConfigError):  # noqa: N818
+    """A run is at work in the folder, whose files are its own."""
+
+
 class DataError(ValueError):
     """A document source or a token store cannot be used."""
 

@@ -89,7 +89,7 @@ def prunable(paths: Sequence[AnyWhere], *, keep: int, milestone_every: int) -> l
         milestone_every: multiples of this step stay for good; 0: none do.
     """
     old = paths[:-keep] if keep > 0 else []
-    return [path for path in old if not milestone_every or _step(path) % milestone_every]
+    return [path for path in old if not milestone_every or step_at(path) % milestone_every]
 
 
 def remove(path: Where) -> None:
@@ -106,5 +106,6 @@ def sweep(folder: Folder) -> None:
             folder.remove(name)
 
 
-def _step(path: Where) -> int:
+def step_at(path: Where) -> int:
+    """Optimizer steps done in a checkpoint."""
     return step_of(str(path).rstrip("/").rpartition("/")[2]) or 0

@@ -15,7 +15,7 @@ from ..build import Run
 from ..errors import CheckpointError
 from ..tensors.folder import Folder, Where, folder_at, is_url, read_whole, write_whole
 from ..tensors.writer import Item, write_file
-from .keeping import PARTIAL, latest_good, list_checkpoints, prunable, remove, step_name, sweep
+from .keeping import PARTIAL, latest_good, list_checkpoints, prunable, remove, step_at, step_name, sweep
 from .manifest import MANIFEST, STATE, SUFFIX, write_manifest, write_small
 from .shares import Share, Staging, get_rng, in_place, share_of
 from .together import together
@@ -127,6 +127,24 @@ class Saver:
                 raise
             with together(self._run, f"writing the manifest of {job.where.where}"):
                 job.committed.result()
+
+    def forget(self, after: int) -> Where | None:
+        """Delete the checkpoints of steps after `after`, which are done again differently.
+
+        Returns:
+            The newest that is left.
+
+        Raises:
+            CheckpointError: one could not be deleted, or the save under way failed (on every rank).
+        """
+        self.wait()
+        with together(self._run, f"deleting checkpoints after step {after} in {self._folder.where}"):
+            if self._run.world.rank == 0:
+                for path in list_checkpoints(self._folder.where):
+                    if step_at(path) > after:
+                        remove(path)
+        kept = list_checkpoints(self._folder.where)
+        return kept[-1] if kept else None
 
     def abandon(self) -> None:
         """Give up a save whose ranks are not all there any more; it may still complete."""

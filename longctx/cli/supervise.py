@@ -10,7 +10,7 @@ from typing import NoReturn
 from ..config.check import check_replicas, resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, FolderBusy
 from ..protocol import BAD_INPUT, write_status
 from .folder import STATUS, check_unused
 from .machine import visible_gpus
@@ -35,7 +35,9 @@ def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoRe
     try:
         _check(config, folder, first=rank == 0 and attempt == 0)
     except ConfigError as problem:
-        if write_status(folder / STATUS, BAD_INPUT, rank=rank, error=str(problem)):
+        if isinstance(problem, FolderBusy):  # the status file is the other run's
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        elif write_status(folder / STATUS, BAD_INPUT, rank=rank, error=str(problem)):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     settings = config.recovery

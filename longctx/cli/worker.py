@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..config.check import resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, FolderBusy
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE, write_status
 from . import standing
 from .rendezvous import torchrun_world
@@ -35,6 +35,9 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
         status.unlink(missing_ok=True)  # what the workers said whom torchrun has replaced
     try:
         code = body(_resolved(loaded), torchrun_world(_device(loaded.config)))
+    except FolderBusy as problem:  # without a word in the status file, which is the other run's
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        return BAD_INPUT
     except (ConfigError, DataError) as problem:
         if write_status(status, BAD_INPUT, rank=rank, error=str(problem)):  # else a peer has said it
             print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -23,12 +23,27 @@ def predicted_bytes(state_bytes: int, *, replicas: int, local_ranks: int) -> int
     return state_bytes * KEPT * (1 + replicas) * local_ranks
 
 
-def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Memory that this machine can still give; None where it does not say."""
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this machine, or this container of it, can still give; None where neither says."""
+    found = [each for each in (_of_machine(root), _of_container(root / "sys/fs/cgroup")) if each is not None]
+    return min(found, default=None)
+
+
+def _of_machine(root: Path) -> int | None:
     try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
+        return None
+
+
+def _of_container(cgroup: Path) -> int | None:
+    """Control groups, version 2: what is used and could not be dropped counts against the limit."""
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = dict(line.split(" ", 1) for line in (cgroup / "memory.stat").read_text().splitlines())
+        return limit - used + int(lines["inactive_file"])
+    except (OSError, KeyError, ValueError):  # "max": there is no limit
         return None
 
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inventory:
@@ -51,13 +53,14 @@ def shifts(shape: Sequence[int], *, node_ranks: int, replicas: int) -> tuple[int
     """
     size = math.prod(shape)
     per_stage = size // shape[0]
-    same = [twins(shape, rank) for rank in range(size)]
+    ranks = np.arange(size)
+    stage, node = ranks // per_stage, ranks // node_ranks
+    shards = stage * size + ranks % (per_stage // shape[1])  # equal for twins
 
     def cost(shift: int) -> tuple[int, int, int, int]:
-        pairs = [(rank, (rank + shift) % size) for rank in range(size)]
-        useless = sum(b in same[a] for a, b in pairs)
-        same_node = sum(a // node_ranks == b // node_ranks for a, b in pairs)
-        neighbours = sum(abs(a // per_stage - b // per_stage) == 1 for a, b in pairs)
+        useless = int(np.count_nonzero(shards == np.roll(shards, -shift)))
+        same_node = int(np.count_nonzero(node == np.roll(node, -shift)))
+        neighbours = int(np.count_nonzero(abs(stage - np.roll(stage, -shift)) == 1))
         return useless, same_node, neighbours, shift
 
     return tuple(sorted(range(1, size), key=cost)[:replicas])

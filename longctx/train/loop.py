@@ -284,8 +284,9 @@ def _one_step(session: Session) -> StepResult:
 
 
 def _forget(session: Session) -> None:
-    """Drop the rows of steps that are done again with other batches."""
+    """Drop the rows and checkpoints of steps that are done again with other batches."""
     out = session.out
+    session.saves.forget()
     for sink in out.sinks or ():
         sink.forget(session.run.progress.step)
     if out.goodput is not None:

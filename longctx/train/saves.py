@@ -90,6 +90,10 @@ class Saves:
         """Return when the newest save counts."""
         self._saver.wait()
 
+    def forget(self) -> None:
+        """Delete the checkpoints of steps that the run has gone back before."""
+        self.newest = self._saver.forget(self._run.progress.step)
+
     def abandon(self) -> None:
         """Give up a save whose ranks are not all there any more."""
         self._saver.abandon()

@@ -1,7 +1,9 @@
 """What the control server decides, as literals: no socket, no clock."""
 
-from launch.membership import BROKEN_GRACE_S, ENDED_GRACE_S, Limits, Membership
+from launch.membership import BROKEN_GRACE_S, ENDED_GRACE_S, SILENCE_S, Limits, Membership
 from launch.protocol import DONE, FAILED, NO_PROGRESS, REQUEUE
+
+NODE = {"node": 0, "first_rank": 0}
 
 
 def join_all(members, epoch, *, now=0.0, ranks=None):
@@ -91,7 +93,7 @@ def test_a_new_step_forgives_earlier_failures():
     members = Membership(size=2, limits=Limits(failures=1))
     for epoch in range(4):
         join_all(members, epoch)
-        members.handle({"kind": "beats", "ranks": [[0, epoch, 5], [1, epoch, 4]]}, epoch)
+        members.handle({"kind": "beats", **NODE, "ranks": [[0, epoch, 5], [1, epoch, 4]]}, epoch)
         assert members.handle(lost(1), epoch)[0]["kind"] == "fence"
 
 
@@ -132,8 +134,8 @@ def test_a_stop_of_all_ranks_is_a_requeue():
 def test_without_progress_the_rank_furthest_behind_is_killed():
     members = Membership(size=3, limits=Limits(hang_s=10.0))
     join_all(members, 0)
-    members.handle({"kind": "beats", "ranks": [[0, 4, 90], [1, 4, 88], [2, 4, 91]]}, 1.0)
-    members.handle({"kind": "beats", "ranks": [[0, 4, 90], [1, 4, 88], [2, 4, 92]]}, 6.0)
+    members.handle({"kind": "beats", **NODE, "ranks": [[0, 4, 90], [1, 4, 88], [2, 4, 91]]}, 1.0)
+    members.handle({"kind": "beats", **NODE, "ranks": [[0, 4, 90], [1, 4, 88], [2, 4, 92]]}, 6.0)
     assert members.tick(15.0) == []
     (kill,) = members.tick(16.5)
     assert (kill["kind"], kill["rank"]) == ("kill", 1) and "10 s" in kill["why"]
@@ -165,3 +167,16 @@ def test_connections_that_break_again_and_again_end_the_job_too():
         members.handle({"kind": "broken", "rank": 0, "epoch": epoch, "error": "reset"}, epoch)
         said = members.tick(epoch + 0.9)
     assert said[0]["kind"] == "verdict" and "connections of rank 0 failed 4 times" in said[0]["error"]
+
+
+def test_a_node_whose_supervisor_is_silent_ends_the_attempt():
+    members = Membership(size=2)
+    other = {"kind": "beats", "ranks": [], "node": 1, "first_rank": 1}
+    for now in (1.0, 10.0):
+        assert members.handle({"kind": "beats", "ranks": [], **NODE}, now) == []
+    members.handle(other, 1.0)
+    assert members.tick(1.0 + SILENCE_S) == []
+    (verdict,) = members.tick(1.1 + SILENCE_S)
+    assert verdict["exit_code"] == FAILED and verdict["restart"] and verdict["rank"] == 1
+    assert "node 1" in verdict["error"] and "silent" in verdict["error"]
+    assert members.tick(2.0 + SILENCE_S) == []  # once

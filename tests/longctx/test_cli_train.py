@@ -82,6 +82,22 @@ def test_a_signal_ends_with_64_and_the_run_goes_on_from_there(start, tmp_path):
     assert steps(tmp_path)[-1] == reached + 1
 
 
+def test_the_folder_of_a_run_at_work_is_left_alone(start, tmp_path):
+    folder = tmp_path / "run"
+    first = start("train", "run.processes=1", "train.steps=100000")
+    until = time.monotonic() + PATIENCE_S
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < until and first.poll() is None
+        time.sleep(0.1)
+    second = start("train", "run.processes=1", "run.resume=true")
+    _, errors = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 2 and "belongs to a run that is at work (process" in errors
+    assert not (folder / "status.json").exists() and first.poll() is None
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=PATIENCE_S) == 64
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 64
+
+
 def test_verify_ends_with_0(start):
     code, out, err = end(start("verify", "--dtype=float64"))
     assert code == 0, err

@@ -161,10 +161,22 @@ def test_a_generation_of_another_layout_is_refused():
 def test_memory_is_predicted_from_ranks_and_copies(tmp_path):
     assert predicted_bytes(100, replicas=1, local_ranks=4) == 100 * 2 * 2 * 4
     assert predicted_bytes(100, replicas=0, local_ranks=1) == 200
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal: 9 kB\nMemAvailable:    12 kB\n")
-    assert available_bytes(path) == 12 * 1024
-    assert available_bytes(tmp_path / "absent") is None
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:    12 kB\n")
+    assert available_bytes(tmp_path) == 12 * 1024
+
+
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable: 12 kB\n")
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "9000\n"), ("current", "8000\n"), ("stat", "anon 5\ninactive_file 1000\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_bytes(tmp_path) == 2000
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == 12 * 1024
 
 
 def test_the_replica_in_the_minority_is_named_with_its_tensor():

@@ -131,6 +131,30 @@ def test_another_node_takes_the_place_of_one_that_is_gone_and_the_run_resumes(tm
     assert left_over(folder) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", ["first", "second"])
+@pytest.mark.timeout(300)
+def test_a_supervisor_that_is_stopped_is_missed_by_the_other_node(tmp_path, stopped):
+    extra = ("checkpoint.every=4", "train.steps=2000")
+    write_corpus(tmp_path / "docs")
+    options = [*overrides(tmp_path, "stopped", layout={"dp_shard": 4}), *COMMON, *extra]
+    start = nodes_of(tmp_path, "train", options)
+    nodes = {"first": start("first"), "second": start("second")}
+    wait_for_steps(tmp_path / "stopped", 6, nodes["first"])
+    supervisor = min(children(nodes[stopped].pid))
+    os.kill(supervisor, signal.SIGSTOP)
+    expected = "the first node's supervisor" if stopped == "first" else "the supervisor of node 1"
+    other = tmp_path / ("second.log" if stopped == "first" else "first.log")
+    until = time.monotonic() + 60
+    while f"{expected} has been silent" not in other.read_text():
+        assert time.monotonic() < until, said(tmp_path)
+        time.sleep(0.5)
+    for node in nodes.values():
+        for pid in [*children(node.pid), node.pid]:
+            os.kill(pid, signal.SIGKILL)
+        node.wait()
+
+
 @pytest.mark.timeout(200)
 def test_what_no_memory_has_comes_from_the_checkpoint_or_ends_with_one_clear_error(tmp_path):
     expected = reference(tmp_path, "fsdp4", "checkpoint.every=8", "train.steps=18")

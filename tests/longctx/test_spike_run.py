@@ -1,5 +1,6 @@
 """A poisoned document: with it left out, training is the run that never saw its batch, bit for bit."""
 
+import hashlib
 import json
 
 import pytest
@@ -95,12 +96,23 @@ def test_a_poisoned_batch_is_left_out_and_the_rest_is_the_run_without_it(poisone
     assert rows(poisoned, "skipped") == rows(poisoned, "without")
 
 
-def test_a_second_spike_undoes_a_step_and_its_line_for_good(poisoned):
-    hurt = ("train.on_spike=rewind", "train.steps=7")
+def checkpoints(base, name):
+    """Content of the tensor files of each checkpoint."""
+    return {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((base / name / "ckpt").glob("step-*/*.safetensors"))
+    }
+
+
+def test_a_second_spike_undoes_a_step_its_line_and_its_checkpoint_for_good(poisoned):
+    saved = ("train.steps=7", "checkpoint.every=1", "checkpoint.keep=0")
+    hurt = ("train.on_spike=rewind", *saved)
     assert set(run_ranks(run_hurt, 1, poisoned, "undone", hurt, init=False)) == {0}
     assert [event["skipped"] for event in spikes(poisoned, "undone")] == [[3], [2, 3, 4]]
-    assert trained(poisoned, "plain", "train.skip_batches=[2,3,4]", "train.steps=7", size=1) == {0}
+    assert trained(poisoned, "plain", "train.skip_batches=[2,3,4]", *saved, size=1) == {0}
     assert rows(poisoned, "undone") == rows(poisoned, "plain")
+    assert len(checkpoints(poisoned, "plain")) == 7
+    assert checkpoints(poisoned, "undone") == checkpoints(poisoned, "plain")
     text = (poisoned / "undone" / "events.jsonl").read_text()
     assert '"mismatch"' not in text
     lines = [json.loads(line) for line in (poisoned / "undone" / "metrics.jsonl").read_text().splitlines()]
