@@ -69,7 +69,8 @@ def exchange(
     pending._keep += [source for _, source in sources]
     if staged:
         pending._after += [(b, t) for (_, b), (_, t) in zip(receives, targets, strict=True)]
-    peers = [peer for peer, _ in (*sources, *targets)]
+    # Receives are waited for first: gloo ends them when a peer is lost, a send perhaps at its timeout alone.
+    peers = [peer for peer, _ in (*targets, *sources)]
     with naming(group, kind, step=step):
         works = _start(sources, targets, group)
     # NCCL coalesces a batch into one work, gloo returns one per operation.
@@ -85,9 +86,9 @@ def _start(
     if _is_gloo(group, (receives or sends)[0][1]):
         # Called as torch does in the end: what it checks before takes longer than a small message.
         sent = [group.handle.send([source], peer, 0) for peer, source in sends]
-        return sent + [group.handle.recv([target], peer, 0) for peer, target in receives]
-    operations = [dist.P2POp(dist.isend, t, group=group.handle, group_peer=peer) for peer, t in sends]
-    operations += [dist.P2POp(dist.irecv, t, group=group.handle, group_peer=peer) for peer, t in receives]
+        return [group.handle.recv([target], peer, 0) for peer, target in receives] + sent
+    operations = [dist.P2POp(dist.irecv, t, group=group.handle, group_peer=peer) for peer, t in receives]
+    operations += [dist.P2POp(dist.isend, t, group=group.handle, group_peer=peer) for peer, t in sends]
     works: list[Any] = dist.batch_isend_irecv(operations)
     return works
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel import comm
-from parallel.comm import Group
+from parallel.comm import Group, Pending
 
 from .generations import DamagedError, Shelf, Slot, digest_of, seal
 from .placement import Agreement, Inventory
@@ -68,6 +68,7 @@ class Replication:
         self._owners = [(rank - shift) % size for shift in shifts]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longctx-replicate")
         self._last: Future[None] | None = None
+        self._leaving: list[Pending] = []
         self.skipped = 0
         """Generations that were left out because the one before was still on its way."""
 
@@ -87,6 +88,7 @@ class Replication:
 
     def send(self, slot: Slot) -> None:
         """Start to send a generation; the last one must be acknowledged everywhere."""
+        self._leaving.clear()
         self._last = self._thread.submit(self._send_generation, slot, self._holders, self._owners)
 
     def replenish(self, agreement: Agreement, inventories: Sequence[Inventory]) -> None:
@@ -171,7 +173,10 @@ class Replication:
     def _swap(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
         sends = [(rank, tensor) for rank, tensor in sends if tensor.numel()]
         receives = [(rank, tensor) for rank, tensor in receives if tensor.numel()]
-        comm.exchange(sends, receives, self._group, kind="replicate").wait()
+        # Only what is received is waited for, and the last thing received says that all has arrived. A send
+        # that gloo is given in the moment in which a connection breaks ends at its timeout alone.
+        self._leaving.append(comm.exchange(sends, [], self._group, kind="replicate"))
+        comm.exchange([], receives, self._group, kind="replicate").wait()
 
 
 def _part(data: Tensor, part: int) -> Tensor:

@@ -8,6 +8,7 @@ from ..config.load import load
 from ..errors import ConfigError
 from .result import Result
 
+ADAPTIVE = ("step_plan.groups=adaptive", "curriculum.kind=natural", "step_plan.lockstep=false")
 REFUSED = {
     "pp beyond the layers": (4, ["parallel.pp=4", "model.num_layers=3"]),
     "pp with split backward x resharding": (
@@ -21,6 +22,15 @@ REFUSED = {
     "pp x reshard_after_forward as a group": (
         8,
         ["parallel.pp=2", "parallel.dp_shard=4", "parallel.reshard_after_forward=2"],
+    ),
+    "pp with slices x strategy allgather": (
+        4,
+        ["parallel.pp=2", "parallel.ring=2", "pipeline.slices=4", "attention.strategy=allgather"],
+    ),
+    "pp x lockstep=false": (4, ["parallel.pp=2", "parallel.dp_shard=2", *ADAPTIVE]),
+    "lockstep=false x resharding": (
+        2,
+        ["parallel.dp_shard=2", *ADAPTIVE, "parallel.reshard_after_forward=true"],
     ),
     "ep x any axis": (2, ["parallel.ep=2", "parallel.dp_shard=2"]),
     "ring x strategy ulysses": (2, ["parallel.ring=2", "attention.strategy=ulysses"]),
