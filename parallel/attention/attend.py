@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..layout import SequenceLayout
 from ..mesh import Mesh, SequenceGroups
 from .backends import Needs, check_name, choose
-from .check import check_stream_tensor, check_tensors
+from .check import check_scale, check_stream_tensor, check_tensors
 from .engine import Call, Route, run
 from .heads import check_heads, head_blocks, split_heads
 from .kept import Kept
@@ -88,6 +88,7 @@ class Attention:
             See `traffic`.
         """
         check_tensors(q, k, v, layout, device_type=self.mesh.device_type)
+        check_scale(softmax_scale)
         plan = self._plan(layout, mask, q.shape[1], k.shape[1])
         self._kernels_for(q, plan)  # refuses before anything is sent
         if plan.exchange is not None:

@@ -1,5 +1,7 @@
 """Refusing bad calls by name, on every rank, before any communication."""
 
+import math
+
 import torch
 
 from ..errors import ConfigError
@@ -7,6 +9,16 @@ from ..layout import SequenceLayout
 from .heads import check_heads
 
 Tensor = torch.Tensor
+
+
+def check_scale(scale: float | None) -> None:
+    """Refuse a factor on the logits that makes everything NaN.
+
+    Raises:
+        ConfigError: it is not finite.
+    """
+    if scale is not None and not math.isfinite(scale):
+        raise ConfigError(f"softmax_scale={scale} is not finite; leave it out for head_dim ** -0.5")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, *, device_type: str) -> None:

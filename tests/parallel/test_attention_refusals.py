@@ -43,6 +43,7 @@ def bad_calls(rank, size):
         "kernel": lambda: make_attention("ring", mesh, kernel="fastest"),
         "degree": lambda: make_attention("ring", mesh)(x(), x(), x(), layout=layout),
         "inner": lambda: make_attention("usp", mesh, inner_ring=2)(x(), x(), x(), layout=layout),
+        "scale": lambda: attend(x(), x(), x(), layout=layout, softmax_scale=float("nan")),
         "kernel dtype": lambda: attend(*(x().to(torch.float8_e4m3fn),) * 3, layout=layout),
     }
     mesh.counter.reset()
@@ -69,6 +70,7 @@ def test_bad_calls_are_refused_on_every_rank_before_anything_is_sent():
             "kernel": "attention.kernel='fastest' is unknown; choose one of ['auto',",
             "degree": "attention.strategy='ring' does not serve layout.ulysses=2; set parallel.ulysses=1",
             "inner": "inner_ring=2 must divide layout.ring=1; choose one of [1]",
+            "scale": "softmax_scale=nan is not finite; leave it out",
             "kernel dtype": "no attention kernel for full tiles on cpu, torch.float8_e4m3fn, head_dim=8",
         }
         assert set(words) == set(found)
