@@ -46,24 +46,28 @@ def job_here(loaded: Loaded, environ: Mapping[str, str] = os.environ) -> local.J
 def _refuse(job: Job, site: Site) -> None:
     """Name the first key that has no meaning here."""
     kept = "set it to {} here, or use launch slurm"
-    reasons = {
-        f"nodes={job.nodes}": "this machine is one node; set nodes=1, or use launch torchrun or slurm"
-        if job.nodes > 1
-        else "",
-        f"spare_nodes={job.spare_nodes}": kept.format(0) if job.spare_nodes else "",
-        f"restart.mode={job.restart.mode}": kept.format("never")
-        if job.restart.mode in ("chain", "array")
-        else "",
-        f"restart.failures={job.restart.failures}": "set it to 0 here; restart.workers has torchrun try again"
-        if job.restart.failures
-        else "",
-        f"environment.image={job.environment.image}": "start this command inside the container instead"
-        if job.environment.image
-        else "",
-    }
-    for key, reason in reasons.items():
-        if reason:
-            raise SpecError(f"{key}: {reason}")
+    reasons = [
+        (
+            job.nodes > 1,
+            f"nodes={job.nodes}",
+            "this machine is one node; set nodes=1, or use launch torchrun or slurm",
+        ),
+        (job.spare_nodes > 0, f"spare_nodes={job.spare_nodes}", kept.format(0)),
+        (job.restart.mode in ("chain", "array"), f"restart.mode={job.restart.mode}", kept.format("never")),
+        (
+            job.restart.failures > 0,
+            f"restart.failures={job.restart.failures}",
+            "set it to 0 here; restart.workers has torchrun try again",
+        ),
+        (
+            bool(job.environment.image),
+            f"environment.image={job.environment.image}",
+            "start this command inside the container instead",
+        ),
+    ]
+    for bad, key, why in reasons:
+        if bad:
+            raise SpecError(f"{key}: {why}")
 
 
 def _modules(site: Site) -> list[str]:
