@@ -3,10 +3,11 @@
 A bucket is one source's pieces of one length. Two rules make a step:
 
 1. *Shares*: the tokens that each bucket should give to this step, real numbers that add up to the step's
-   constant budget. `natural`, `uniform` and `weights` have fixed shares; `grow-*` and `shrink-*` divide
-   the run into cycles, give each bucket its natural share of a cycle, and take from it in proportion to
-   that share times odds that favour short (grow) or long (shrink) pieces until it is used up, so that
-   lengths move inside a cycle.
+   constant budget. Sources divide it by their weights of the step. Inside a source `natural`, `uniform`
+   and `weights` have fixed shares; `grow-*` and `shrink-*` divide the run into cycles, give each bucket
+   its natural share of what the source gives in a cycle, and take from it in proportion to that share
+   times odds that favour short (grow) or long (shrink) pieces until it is used up, so that lengths move
+   inside a cycle.
 2. *Rounding*: whole pieces are drawn so that a step has exactly its budget, and what a bucket is owed
    is remembered, so that shares over many steps are those of rule 1 to within a few pieces.
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
+from .expected import Expected
 from .index import Int64s
 from .packing import Floats
 from .rounding import draw_mixed, draw_one_class, water_fill
@@ -97,9 +99,10 @@ class _State:
     owed: Floats  # [b] tokens that rounding still owes; sums to 0
     quota: Floats  # [b] tokens of the cycle
     left: Floats  # [b] tokens left of them
+    inside: Floats  # [b] shares inside the source at the cycle's start
 
     def copy(self) -> "_State":
-        floats = (column.copy() for column in (self.owed, self.quota, self.left))
+        floats = (column.copy() for column in (self.owed, self.quota, self.left, self.inside))
         return _State(self.step, self.drawn.copy(), *floats)
 
 
@@ -122,8 +125,9 @@ class Curriculum:
         self._steps, self._cycles = max(1, steps), max(1, min(wanted.cycles, steps))
         self._odds = _odds(buckets, wanted.kind)
         self._fixed = _fixed_shares(buckets, wanted)
+        self._sources, self._expected = len(wanted.source_names), Expected(wanted.source_weights)
         none = np.zeros(len(buckets.length))
-        self._state = _State(0, none.astype(np.int64), none, none, none).copy()
+        self._state = _State(0, none.astype(np.int64), none, none, none, none).copy()
         self._snapshots: dict[int, _State] = {0: self._state.copy()}
 
     def draw(self, step: int) -> tuple[Int64s, Int64s]:
@@ -155,6 +159,7 @@ class Curriculum:
 
     def forget(self, step: int) -> None:
         """Replay `step` and later ones anew: the source weights from there on have changed."""
+        self._expected.forget()
         self._snapshots = {s: kept for s, kept in self._snapshots.items() if s <= step}
         if self._state.step > step:
             self._state = self._snapshots[max(self._snapshots)].copy()
@@ -170,13 +175,13 @@ class Curriculum:
     def _advance(self) -> None:
         state, lengths = self._state, self.buckets.length
         available = self.buckets.limit - state.drawn
-        state.owed += self._shares(state, available)
+        wanted = (self._fixed > 0) & (self._weights(state.step) > 0)[self.buckets.source]
+        open_ = np.where(wanted, available, 0)  # a weight of 0 gives nothing, whatever limits ask of others
+        state.owed += self._shares(state, open_, available)
         if self.wanted.mode == "mixed":
-            counts = draw_mixed(state.owed, lengths, available, self._budget)
+            counts = draw_mixed(state.owed, lengths, open_, self._budget)
         else:
-            counts = draw_one_class(
-                state.owed, lengths, available, self._budget, key=(self._seed, state.step)
-            )
+            counts = draw_one_class(state.owed, lengths, open_, self._budget, key=(self._seed, state.step))
         if int(counts @ lengths) != self._budget:
             raise DataError(self._spent(state.step))
         state.owed -= counts * lengths
@@ -185,32 +190,72 @@ class Curriculum:
         if state.step % _SNAPSHOT == 0:
             self._snapshots.setdefault(state.step, state.copy())
 
-    def _shares(self, state: _State, available: Int64s) -> Floats:
-        """Tokens that each bucket should give to this step; they add up to the budget."""
-        usable = self._usable(available)
-        caps = np.where(usable, available * self.buckets.length.astype(np.float64), 0.0)
-        weights = np.asarray(self.wanted.source_weights(state.step), dtype=np.float64)
-        fixed = _by_source(self._fixed * usable, self.buckets.source, weights)
+    def _shares(self, state: _State, open_: Int64s, available: Int64s) -> Floats:
+        """Tokens that each bucket should give to this step; they add up to the budget.
+
+        The sources divide the budget by their weights of this step, and each divides its part over its
+        lengths. What limits take from a length goes to the source's others, then to other sources.
+        """
+        source, usable = self.buckets.source, self._usable(open_)
+        caps = np.where(usable, open_ * self.buckets.length.astype(np.float64), 0.0)
+        inside = self._inside(usable)
+        room = self._of_sources(np.where(inside > 0, caps, 0.0))
+        parts = water_fill(self._weights(state.step), room, self._budget)
+        if parts is None:
+            raise DataError(self._spent(state.step))
         if self._odds is None:
-            return self._filled(fixed, caps, state.step)
-        start, stop = self._cycle(state.step)
-        if state.step == start:
-            state.quota = state.left + fixed * (self._budget * (stop - start))
-            state.left = state.quota
-        left = np.minimum(state.left.clip(min=0.0), caps)
-        shares = water_fill(state.quota.clip(min=0.0) * self._odds, left, self._budget)
-        if shares is None:  # limits leave less than the cycle wants: take from what there is
-            shares = self._filled(fixed, caps, state.step)
+            return self._divided(parts, inside, caps)
+        self._foresee(state, available)
+        quota, left = state.quota.clip(min=0.0) * self._odds, np.minimum(state.left.clip(min=0.0), caps)
+        shares = np.zeros(len(caps))
+        for number, part in enumerate(parts):
+            own = source == number
+            filled = water_fill(quota[own], left[own], part)
+            if filled is None:  # limits leave less than the cycle wants: take from what there is
+                filled = self._divided(parts, inside, caps)[own]
+            shares[own] = filled
         state.left = state.left - shares
         return shares
 
-    def _filled(self, shares: Floats, caps: Floats, step: int) -> Floats:
-        filled = water_fill(shares, caps, self._budget)
-        if filled is None:
-            filled = water_fill(np.where(caps > 0, self._fixed + 1e-12, 0.0), caps, self._budget)
-        if filled is None:
-            raise DataError(self._spent(step))
-        return filled
+    def _foresee(self, state: _State, available: Int64s) -> None:
+        """Let quotas add up to what each source is expected to give until the end of the cycle.
+
+        Without a change in weights or sources that is so from the cycle's first step.
+        """
+        span, usable = self._cycle(state.step), self._usable(available)
+        if state.step == span[0]:
+            state.inside, state.quota = self._inside(usable), state.left
+        live = self._of_sources(self._fixed * usable) > 0
+        held = self._of_sources(state.left)
+        missing = self._expected.rest(state.step, span, live) * self._budget - held
+        missing[np.abs(missing) < 1e-6 * self._budget] = 0.0  # rounding of sums
+        more = state.inside * missing[self.buckets.source]
+        state.quota, state.left = state.quota + more, state.left + more
+
+    def _divided(self, parts: Floats, inside: Floats, caps: Floats) -> Floats:
+        """Each source's part over its buckets, by their shares inside it."""
+        shares = np.zeros(len(caps))
+        for number, part in enumerate(parts):
+            own = self.buckets.source == number
+            filled = water_fill(inside[own], caps[own], part)
+            shares[own] = 0.0 if filled is None else filled  # a part is within its source's caps
+        return shares
+
+    def _inside(self, usable: npt.NDArray[np.bool_]) -> Floats:
+        """float64 [b]: shares of buckets inside their source."""
+        wanted = self._fixed * usable
+        totals = self._of_sources(wanted)
+        scale = np.divide(1.0, totals, out=np.zeros(len(totals)), where=totals > 0)
+        inside: Floats = wanted * scale[self.buckets.source]
+        return inside
+
+    def _of_sources(self, column: Floats) -> Floats:
+        """float64 [sources]: sums of a column over each source's buckets."""
+        sums = np.bincount(self.buckets.source, weights=column, minlength=self._sources)
+        return sums.astype(np.float64)
+
+    def _weights(self, step: int) -> Floats:
+        return np.asarray(self.wanted.source_weights(step), dtype=np.float64)
 
     def _usable(self, available: Int64s) -> npt.NDArray[np.bool_]:
         """Buckets that a step can take from; in one_bucket mode a class must fill the whole step."""
@@ -235,7 +280,8 @@ class Curriculum:
         names = ", ".join(self.wanted.source_names)
         return (
             f"step {step + 1}: what data.sources may still give ({names}) is less than the step's "
-            f"{self._budget:,} tokens; raise max_epochs, add a source, or lower train.steps to {step}"
+            f"{self._budget:,} tokens (weights of 0 give nothing); raise max_epochs, add a source, or lower "
+            f"train.steps to {step}"
         )
 
 
@@ -262,14 +308,3 @@ def _fixed_shares(buckets: Buckets, wanted: Wanted) -> Floats:
     else:
         shares = buckets.tokens.astype(np.float64)
     return shares if wanted.bucket_weights is None else shares * wanted.bucket_weights
-
-
-def _by_source(shares: Floats, source: Int64s, weights: Floats) -> Floats:
-    """Scale shares so that each source has its weight and all add up to 1; empty sources give theirs up."""
-    totals = np.bincount(source, weights=shares, minlength=len(weights))
-    live = np.where(totals > 0, weights, 0.0)
-    if not live.sum() > 0:
-        return np.zeros(len(shares))
-    scale = np.divide(live / live.sum(), totals, out=np.zeros(len(weights)), where=totals > 0)
-    scaled: Floats = shares * scale[source]
-    return scaled

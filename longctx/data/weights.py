@@ -98,16 +98,19 @@ class LossWeights:
     def __init__(
         self, base: Callable[[int], list[float]], references: Sequence[float], *, every: int
     ) -> None:
-        self._base, self._references, self._every = base, tuple(references), every
+        self.base = base
+        """Weights before the first change."""
+        self._references, self._every = tuple(references), every
         self._changes: list[tuple[int, list[float]]] = []
         self._sums = [[0.0, 0.0] for _ in references]
 
     def __call__(self, step: int) -> list[float]:
         """Weights of a step: the last change that counts by then, else what the user gave."""
-        for first, weights in reversed(self._changes):
-            if first <= step:
-                return weights
-        return self._base(step)
+        return self.changed(step) or self.base(step)
+
+    def changed(self, step: int) -> list[float] | None:
+        """Weights of the last change that counts by a step; None: the user's still hold."""
+        return next((weights for first, weights in reversed(self._changes) if first <= step), None)
 
     def measured(self, step: int, losses: Sequence[tuple[float, float]]) -> int | None:
         """Take in a finished step.

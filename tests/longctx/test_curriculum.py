@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from longctx.data.curriculum import Buckets, Curriculum, Wanted
 from longctx.data.rounding import water_fill
+from longctx.data.weights import LossWeights
 from longctx.errors import DataError
 
 KINDS = [
@@ -122,6 +123,67 @@ def test_a_schedule_moves_source_weights():
     tokens = (drawn(curriculum, 100) * of.length).reshape(100, 2, 6).sum(axis=2) / BUDGET
     assert tokens[:10, 1].mean() == pytest.approx(np.arange(10).mean() / 99, abs=0.01)
     assert tokens[90:, 1].mean() == pytest.approx(np.arange(90, 100).mean() / 99, abs=0.01)
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+@pytest.mark.parametrize("kind", ["grow-p2", "shrink-linear"])
+def test_a_schedule_moves_source_weights_inside_a_cycle(kind, cycles):
+    of, steps = buckets(sources=2), 300
+    curriculum = make(
+        kind,
+        of=of,
+        source_weights=lambda step: (8 - 6 * step / (steps - 1), 2 + 6 * step / (steps - 1)),
+        source_names=("a", "b"),
+        steps=steps,
+        cycles=cycles,
+    )
+    tokens = (drawn(curriculum, steps) * of.length).reshape(steps, 2, 6) / BUDGET
+    given = tokens.sum(axis=2).reshape(15, -1, 2).mean(axis=1)
+    progress = (np.arange(steps) / (steps - 1)).reshape(15, -1).mean(axis=1)
+    assert np.abs(given - np.stack([0.8 - 0.6 * progress, 0.2 + 0.6 * progress], axis=1)).max() < 0.01
+    natural = of.tokens[:6] / of.tokens[:6].sum()
+    for cycle in tokens.reshape(cycles, -1, 2, 6):
+        inside = cycle.sum(axis=0) / cycle.sum(axis=(0, 2))[:, None]
+        assert np.abs(inside - natural).max() < 0.02
+        mean = cycle @ np.array(LENGTHS) / cycle.sum(axis=2)  # [steps, sources]
+        fifth = len(cycle) // 5
+        early, late = mean[:fifth].mean(axis=0), mean[-fifth:].mean(axis=0)
+        assert ((1.3 * early < late) if kind.startswith("grow") else (early > 1.3 * late)).all()
+
+
+def test_weights_that_follow_losses_act_inside_a_cycle_and_leave_earlier_steps_alone():
+    of, steps = buckets(sources=2), 200
+
+    def built(weights):
+        return make("grow-p2", of=of, source_weights=weights, source_names=("a", "b"), steps=steps)
+
+    weights = LossWeights(lambda step: [1.0, 1.0], [0.0, 0.0], every=100)
+    curriculum, counts = built(weights), []
+    for step in range(steps):
+        counts.append(curriculum.draw(step)[1])
+        changed = weights.measured(step, [(np.log(3.0), 1.0), (0.0, 1.0)])
+        if changed is not None:
+            curriculum.forget(changed)
+    shares = (np.array(counts) * of.length).reshape(steps, 2, 6).sum(axis=2) / BUDGET
+    assert shares[:102].mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.01)
+    assert shares[104:].mean(axis=0) == pytest.approx([0.75, 0.25], abs=0.01)  # once times e^ln 3
+    resumed = LossWeights(lambda step: [1.0, 1.0], [0.0, 0.0], every=100)
+    resumed.restore(weights.state())
+    assert (drawn(built(resumed), steps) == np.array(counts)).all()
+
+
+@pytest.mark.parametrize("mode", ["mixed", "one_bucket"])
+def test_a_weight_of_zero_gives_nothing_once_limits_bind(mode):
+    of = buckets((80, 80, 80), sources=2, epochs=1)  # 80 pieces of 1024 in each of two sources
+    more = {"mode": mode, "budget": 8192, "source_names": ("a", "b")}
+    weights = make("weights", of=of, class_weights={1024: 1.0}, source_weights=lambda s: (1, 1), **more)
+    assert drawn(weights, 20).sum(axis=0).tolist() == [0, 0, 80, 0, 0, 80]
+    with pytest.raises(DataError, match=r"step 21: .*weights of 0 give nothing.*train.steps to 20"):
+        weights.draw(20)
+    alone = make("natural", of=of, source_weights=lambda s: (1, 0), **more)
+    assert not drawn(alone, 15)[:, 3:].any()
+    with pytest.raises(DataError, match="weights of 0 give nothing"):
+        alone.draw(20)
 
 
 @pytest.mark.parametrize("mode", ["mixed", "one_bucket"])
