@@ -12,7 +12,7 @@ import selectors
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .lines import ClosedError, Lines, Message, admit, connect
@@ -34,12 +34,14 @@ class Address:
     """TCP port."""
     secret: str
     """Known to this job's processes alone."""
+    job: str
+    """Whose server it is."""
 
 
 class ControlServer:
     """Serves one job; `close` ends the thread."""
 
-    def __init__(self, membership: Membership, *, host: str, folder: Path) -> None:
+    def __init__(self, membership: Membership, *, host: str, job: str, folder: Path) -> None:
         self._membership = membership
         self._secret = secrets.token_hex(32)
         self._listener = socket.create_server((host, 0), family=_family(host), backlog=1024)
@@ -49,7 +51,7 @@ class ControlServer:
         self._wake, self._woken = socket.socketpair()
         self._closing = False
         port = self._listener.getsockname()[1]
-        _write(folder / ADDRESS_FILE, Address(host=host, port=port, secret=self._secret))
+        _write(folder / ADDRESS_FILE, Address(host=host, port=port, secret=self._secret, job=job))
         self._threads = [
             threading.Thread(target=work, name=f"control-{work.__name__}", daemon=True)
             for work in (self._serve, self._accept)
@@ -103,6 +105,9 @@ class ControlServer:
     def _take_admitted(self) -> None:
         while not self._admitted.empty():
             lines, hello = self._admitted.get()
+            if hello["node"] in self._nodes:  # of two, the one that came first is the job's
+                lines.close()
+                continue
             self._nodes[hello["node"]] = lines
             self._selector.register(lines, selectors.EVENT_READ, hello)
 
@@ -122,8 +127,8 @@ class ControlServer:
                 lines.send(message)
 
 
-def find(folder: Path, *, node: int, first_rank: int, timeout_s: float) -> Lines:
-    """Connect to the job's server once its address file names one that answers.
+def find(folder: Path, *, job: str, node: int, first_rank: int, timeout_s: float) -> Lines:
+    """Connect to the job's server once the address file names it and it answers.
 
     Raises:
         ClosedError: not within the time.
@@ -133,6 +138,8 @@ def find(folder: Path, *, node: int, first_rank: int, timeout_s: float) -> Lines
     while time.monotonic() < deadline:
         try:
             address = Address(**json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8")))
+            if address.job != job:
+                raise ValueError(f"it is of job {address.job}, not {job}")
             lines = connect(address.host, address.port, address.secret)
             lines.send({"kind": "hello", "node": node, "first_rank": first_rank})
             return lines
@@ -167,7 +174,7 @@ def _write(path: Path, address: Address) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump({"host": address.host, "port": address.port, "secret": address.secret}, file)
+        json.dump(asdict(address), file)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)

@@ -17,6 +17,8 @@ CONNECTIONS = -1
 """In the place of a rank: failures of connections alone."""
 SILENCE_S = 30.0
 """After which a supervisor counts as gone though its connection stands: it was stopped, or hangs."""
+ASLEEP_S = 2.0
+"""A watcher that has not looked for longer was itself stopped, or starved, and judges nobody by that time."""
 ENDED_GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has ended badly."""
 
@@ -51,6 +53,7 @@ class Membership:
     _progress: dict[int, tuple[int, int]] = field(default_factory=dict)
     _progress_at: float = 0.0
     _nodes: dict[int, tuple[float, Message]] = field(default_factory=dict)
+    _ticked: float | None = None
     _best_step: int = -1
     _failures: Counter[int] = field(default_factory=Counter)
     _begun: set[int] = field(default_factory=set)
@@ -71,9 +74,10 @@ class Membership:
         return [] if taker is None or self._over else taker(message, now)
 
     def tick(self, now: float) -> list[Message]:
-        """What time alone decides."""
+        """What time alone decides; to be called every second."""
         if self._over:
             return []
+        self._wake(now)
         if self._broken and now >= self._broken[0]:
             cause = self._broken[1]
             return self._next_epoch({"rank": cause["rank"], "how": cause["error"], "alive": True}, now)
@@ -85,6 +89,13 @@ class Membership:
         if self.formed and self._progress and now - self._progress_at > self.limits.hang_s:
             return self._kill_slowest(now)
         return []
+
+    def _wake(self, now: float) -> None:
+        asleep = 0.0 if self._ticked is None else now - self._ticked
+        self._ticked = now
+        if asleep > ASLEEP_S:
+            self._progress_at += asleep
+            self._nodes = {node: (heard + asleep, hello) for node, (heard, hello) in self._nodes.items()}
 
     def wait_s(self, now: float) -> float:
         """Seconds until `tick` may have something to say."""

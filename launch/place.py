@@ -20,6 +20,13 @@ class Place:
     """How often torchrun has started the job before."""
     host: str
     """Address of the first node."""
+    port: int
+    """Where torchrun's processes meet there; no other job has it at the time."""
+
+    @property
+    def job(self) -> str:
+        """Name of the job, the same on all nodes."""
+        return f"{self.host}:{self.port}"
 
 
 def place(environment: Mapping[str, str]) -> Place:
@@ -32,4 +39,5 @@ def place(environment: Mapping[str, str]) -> Place:
         size=int(environment["WORLD_SIZE"]),
         attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         host=environment["MASTER_ADDR"],
+        port=int(environment["MASTER_PORT"]),
     )

@@ -19,7 +19,7 @@ from types import FrameType
 
 from .control import ControlServer, find, in_use
 from .lines import ClosedError, Lines, Message
-from .membership import SILENCE_S, Limits, Membership
+from .membership import ASLEEP_S, SILENCE_S, Limits, Membership
 from .place import Place
 from .protocol import BAD_INPUT, DONE, FAILED, REQUEUE, Status, write_status
 from .verdict import VerdictServer
@@ -83,6 +83,7 @@ class Supervisor:
         self._verdict: Message | None = None
         self._begun = False
         self._heard = time.monotonic()  # the control server
+        self._watched = 0.0
         self._signals = socket.socketpair()
 
     def run(self) -> int:
@@ -101,6 +102,7 @@ class Supervisor:
         try:
             self._control = find(
                 self._settings.folder,
+                job=self._place.job,
                 node=self._place.node,
                 first_rank=self._place.first_rank,
                 timeout_s=60.0,
@@ -121,7 +123,8 @@ class Supervisor:
 
     def _serve(self) -> ControlServer:
         membership = Membership(size=self._place.size, limits=self._settings.limits)
-        return ControlServer(membership, host=self._place.host, folder=self._settings.folder)
+        place = self._place
+        return ControlServer(membership, host=place.host, job=place.job, folder=self._settings.folder)
 
     def _loop(self) -> Message:
         ticked = 0.0
@@ -139,8 +142,9 @@ class Supervisor:
     def _start(self) -> Trainer:
         ours, theirs = socket.socketpair()
         argv = [str(theirs.fileno()) if word == "{}" else word for word in self._settings.program]
+        # In a group of its own: torchrun and terminals signal whole groups, and a stop goes through us.
         process = subprocess.Popen(
-            [sys.executable, *argv], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            [sys.executable, *argv], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
         )
         theirs.close()
         trainer = Trainer(process=process, lines=Lines(ours))
@@ -183,6 +187,12 @@ class Supervisor:
 
     def _watch(self, now: float) -> None:
         self._reap()
+        asleep = now - self._watched - TICK_S if self._watched else 0.0
+        self._watched = now
+        if asleep > ASLEEP_S:  # this process did not run: what it has not heard says nothing
+            self._heard += asleep
+            for trainer in self._trainers:
+                trainer.heard += asleep
         for trainer in self._trainers:
             limit = self._settings.heartbeat_s if trainer.warm else START_S
             silent = now - trainer.heard

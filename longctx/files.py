@@ -1,55 +1,14 @@
 """Files that are written whole or not at all: beside themselves, synced, renamed."""
 
-import fcntl
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import xxhash
 
 _READ_BYTES = 4 << 20
-
-
-LOCK = "run.lock"
-"""In a run folder: held by rank 0 as long as the run is at work."""
-
-
-def hold(path: Path) -> TextIO | None:
-    """Take a lock file; it is held while the result is open and this process, not a child, lives.
-
-    Returns:
-        None if another process holds it.
-    """
-    file = path.open("a+", encoding="utf-8")
-    if not _locked(file, fcntl.LOCK_EX):
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def holder(path: Path) -> str | None:
-    """Who holds a lock file, as it says of itself; None: nobody."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            return None if _locked(file, fcntl.LOCK_SH) else file.read() or "another process"
-    except OSError:
-        return None
-
-
-def _locked(file: TextIO, how: int) -> bool:
-    try:
-        fcntl.lockf(file, how | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # the file system has no locks
-        return True
-    return True
 
 
 @contextmanager

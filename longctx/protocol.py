@@ -14,6 +14,8 @@ PREFLIGHT_FAILED = 3
 REQUEUE = 64
 NO_PROGRESS = 65
 
+STATUS = "status.json"
+"""In the run folder."""
 STATUS_KEYS = ("exit_code", "rank", "error")
 HEARTBEAT_KEYS = ("rank", "step", "phase", "progress")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import launch.protocol
 import longctx.protocol
-from longctx.cli.folder import STATUS
 from longctx.cli.start import TORCHRUN_VARIABLES
+from longctx.protocol import STATUS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
 CODES = ("DONE", "FAILED", "BAD_INPUT", "PREFLIGHT_FAILED", "REQUEUE", "NO_PROGRESS")

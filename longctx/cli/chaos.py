@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..claim import check_unused
 from ..config.load import LoadedConfig, load
 from ..errors import ConfigError
 from .arguments import make_parser, parse
-from .folder import check_unused
 from .machine import choose_local
 from .start import launcher, under_torchrun
 from .supervise import become_supervisor

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from ..config.load import LoadedConfig, load
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..protocol import DONE
+from ..protocol import DONE, STATUS
 from .arguments import Arguments, make_parser, parse
-from .folder import STATUS
 from .start import start, under_torchrun
 from .worker import work
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..claim import check_unused
 from ..config.check import resolve
 from ..config.load import LoadedConfig, load
 from ..config.schema import Config
 from ..errors import ConfigError
 from .arguments import make_parser, parse
-from .folder import check_unused
 from .start import become_launcher, check_packages, launcher, prepare_data
 
 WITH_FILE = ("local", "torchrun", "slurm")

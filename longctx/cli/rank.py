@@ -30,6 +30,8 @@ PR_SET_PDEATHSIG = 1
 
 def main(argv: Sequence[str]) -> int:
     """Be one rank; returns its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # until the run takes them; the others' stop is enough
     _die_with_parent()
     # Cut connections are no news here; torch would print its stack for each.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

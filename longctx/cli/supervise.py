@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ..claim import check_traces, enter
 from ..config.check import check_replicas, resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
-from ..errors import ConfigError, FolderBusy
-from ..protocol import BAD_INPUT, write_status
-from .folder import STATUS, check_unused
+from ..errors import ConfigError
+from ..protocol import BAD_INPUT, STATUS, write_status
 from .machine import visible_gpus
 
 
@@ -27,22 +27,28 @@ def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoRe
     Args:
         loaded: the configuration.
         options: of the trainers, before the files.
+
+    Raises:
+        FolderBusy: another run is at work in the folder.
     """
     config, folder = loaded.config, Path(loaded.config.run.dir)
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt:
         _leave_if_over(folder)
-    try:
-        _check(config, folder, first=rank == 0 and attempt == 0)
-    except ConfigError as problem:
-        if isinstance(problem, FolderBusy):  # the status file is the other run's
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-        elif write_status(folder / STATUS, BAD_INPUT, rank=rank, error=str(problem)):
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-        sys.exit(BAD_INPUT)
-    settings = config.recovery
+    with enter(folder, os.environ):
+        try:
+            _check(config, folder, first=rank == 0 and attempt == 0)
+        except ConfigError as problem:
+            if write_status(folder / STATUS, BAD_INPUT, rank=rank, error=str(problem)):
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+            sys.exit(BAD_INPUT)
+        _replace_this_process(loaded, options)
+
+
+def _replace_this_process(loaded: LoadedConfig, options: Sequence[str]) -> NoReturn:
+    settings = loaded.config.recovery
     arguments = [
-        f"--folder={folder}",
+        f"--folder={loaded.config.run.dir}",
         f"--spares={settings.spares}",
         f"--heartbeat-s={settings.heartbeat_s}",
         f"--hang-s={settings.hang_s}",
@@ -58,7 +64,8 @@ def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoRe
 def _check(config: Config, folder: Path, *, first: bool) -> None:
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if first:
-        check_unused(folder, resume=config.run.resume)
+        (folder / STATUS).unlink(missing_ok=True)  # of an earlier run
+        check_traces(folder, resume=config.run.resume)
     device = config.run.device
     if device == "auto":  # without torch, which costs a second
         device = "cuda" if visible_gpus() else "cpu"

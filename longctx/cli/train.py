@@ -1,13 +1,15 @@
 """`longctx train FILE ...`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..claim import check_traces, check_unused, enter
 from ..config.load import load
 from ..config.schema import Config
+from ..protocol import STATUS
 from .arguments import make_parser, parse
-from .folder import STATUS, check_unused
 from .start import start, under_torchrun
 from .supervise import become_supervisor, repairs
 from .worker import work
@@ -27,7 +29,8 @@ def run(argv: Sequence[str]) -> int:
     if under_torchrun():
         if repairs(loaded.config):
             become_supervisor(loaded)
-        return work(loaded, _body, status=folder / STATUS)
+        with enter(folder, os.environ):
+            return work(loaded, _body, status=folder / STATUS)
     check_unused(folder, resume=loaded.config.run.resume)
     start("train", loaded, folder=folder)
 
@@ -37,5 +40,5 @@ def _body(config: Config, world: "World") -> int:
     from ..train.loop import train
 
     if world.rank == 0:
-        check_unused(Path(config.run.dir), resume=config.run.resume)
+        check_traces(Path(config.run.dir), resume=config.run.resume)
     return train(config, Fixed(world))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..config.load import load
 from ..config.schema import Config
+from ..protocol import STATUS
 from .arguments import make_parser, parse
-from .folder import STATUS
 from .start import start, under_torchrun
 from .worker import work
 

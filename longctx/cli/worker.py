@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..config.check import resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
-from ..errors import ConfigError, DataError, FolderBusy
+from ..errors import ConfigError, DataError
 from ..protocol import BAD_INPUT, DONE, FAILED, REQUEUE, write_status
 from . import standing
 from .rendezvous import torchrun_world
@@ -31,13 +31,10 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
     """
     rank = int(os.environ["RANK"])
     standing.answer(status.parent / "logs", rank)
-    if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        status.unlink(missing_ok=True)  # what the workers said whom torchrun has replaced
+    if rank == 0:
+        status.unlink(missing_ok=True)  # of an earlier run, or of workers whom torchrun has replaced
     try:
         code = body(_resolved(loaded), torchrun_world(_device(loaded.config)))
-    except FolderBusy as problem:  # without a word in the status file, which is the other run's
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        return BAD_INPUT
     except (ConfigError, DataError) as problem:
         if write_status(status, BAD_INPUT, rank=rank, error=str(problem)):  # else a peer has said it
             print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -24,25 +24,48 @@ def predicted_bytes(state_bytes: int, *, replicas: int, local_ranks: int) -> int
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this machine, or this container of it, can still give; None where neither says."""
-    found = [each for each in (_of_machine(root), _of_container(root / "sys/fs/cgroup")) if each is not None]
-    return min(found, default=None)
+    """Memory that this machine, or the control groups that this process is in, can still give.
+
+    Returns:
+        None where nothing says.
+    """
+    return min([*_of_machine(root), *_of_groups(root)], default=None)
 
 
-def _of_machine(root: Path) -> int | None:
+def _of_machine(root: Path) -> list[int]:
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return [int(lines["MemAvailable"].split()[0]) * 1024]
     except (OSError, KeyError, ValueError):
-        return None
+        return []
 
 
-def _of_container(cgroup: Path) -> int | None:
-    """Control groups, version 2: what is used and could not be dropped counts against the limit."""
+def _of_groups(root: Path) -> list[int]:
+    """Of every group from this process's own up to the top, in both versions of control groups."""
     try:
-        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
-        lines = dict(line.split(" ", 1) for line in (cgroup / "memory.stat").read_text().splitlines())
-        return limit - used + int(lines["inactive_file"])
+        entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in entries:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = _VERSION_1 if controllers else _VERSION_2
+        group = top / path.lstrip("/")
+        found += [_of_group(each, *names) for each in (group, *group.parents) if each.is_relative_to(top)]
+    return [each for each in found if each is not None]
+
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def _of_group(group: Path, limit: str, used: str, droppable: str) -> int | None:
+    """What is used and could not be dropped counts against the limit."""
+    try:
+        lines = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
+        return int((group / limit).read_text()) - int((group / used).read_text()) + int(lines[droppable])
     except (OSError, KeyError, ValueError):  # "max": there is no limit
         return None
 

@@ -9,21 +9,18 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
 
 from ..config.schema import Config
-from ..errors import FolderBusy
-from ..files import LOCK, hold, holder, write_text
+from ..files import write_text
 
 RESOLVED = "config.resolved.yaml"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-PATIENCE_S = 60.0
-"""What an earlier attempt's rank 0 may take to die before the folder counts as another run's."""
 
 
 class RunFolder:
@@ -34,21 +31,9 @@ class RunFolder:
         self._rank = rank
         self._started = time.monotonic()
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        self._lock = self._hold() if rank == 0 else None
         self.log = _rank_log(self.path / "logs" / f"rank_{rank}.log")
         if rank == 0 and not replaces:  # a rank that takes another's place goes on with its folder
             self._describe(config)
-
-    def _hold(self) -> TextIO:
-        path, until = self.path / LOCK, time.monotonic() + PATIENCE_S
-        while (held := hold(path)) is None:
-            if time.monotonic() > until:
-                raise FolderBusy(
-                    f"run.dir={self.path} belongs to a run that is at work ({holder(path)}); "
-                    "set run.dir to another folder"
-                )
-            time.sleep(0.2)
-        return held
 
     def resolved(self, config: Config) -> None:
         """Write config.resolved.yaml; again once the tokenizer has given the vocabulary its size."""

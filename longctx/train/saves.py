@@ -91,8 +91,11 @@ class Saves:
         self._saver.wait()
 
     def forget(self) -> None:
-        """Delete the checkpoints of steps that the run has gone back before."""
+        """Delete the checkpoints of steps that the run has gone back before; if none is left, save."""
+        had = self.newest is not None
         self.newest = self._saver.forget(self._run.progress.step)
+        if had and self.newest is None:
+            self.save(last=False)
 
     def abandon(self) -> None:
         """Give up a save whose ranks are not all there any more."""

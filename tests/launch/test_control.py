@@ -18,13 +18,13 @@ from launch.protocol import BAD_INPUT
 
 @pytest.fixture
 def server(tmp_path):
-    server = ControlServer(Membership(size=2), host="127.0.0.1", folder=tmp_path)
+    server = ControlServer(Membership(size=2), host="127.0.0.1", job="a", folder=tmp_path)
     yield server
     server.close()
 
 
 def test_two_nodes_join_and_learn_of_a_loss(server, tmp_path):
-    nodes = [find(tmp_path, node=n, first_rank=n, timeout_s=5) for n in range(2)]
+    nodes = [find(tmp_path, job="a", node=n, first_rank=n, timeout_s=5) for n in range(2)]
     for rank, lines in enumerate(nodes):
         lines.send({"kind": "joined", "rank": rank, "epoch": 0, "state": None})
     assert [lines.one()["kind"] for lines in nodes] == ["form", "form"]
@@ -82,14 +82,27 @@ def test_a_client_refuses_a_server_that_does_not_know_the_secret():
 
 
 def test_an_address_of_an_earlier_start_is_not_enough(tmp_path):
-    (tmp_path / ADDRESS_FILE).write_text('{"host": "127.0.0.1", "port": 1, "secret": "old"}')
+    (tmp_path / ADDRESS_FILE).write_text('{"host": "127.0.0.1", "port": 1, "secret": "old", "job": "a"}')
     with pytest.raises(ClosedError, match=r"run\.dir must be a folder that all nodes share"):
-        find(tmp_path, node=1, first_rank=1, timeout_s=0.3)
+        find(tmp_path, job="a", node=1, first_rank=1, timeout_s=0.3)
+
+
+def test_a_supervisor_of_another_job_stays_out_and_no_node_is_taken_twice(server, tmp_path):
+    with pytest.raises(ClosedError, match="it is of job a, not b"):
+        find(tmp_path, job="b", node=1, first_rank=1, timeout_s=0.3)
+    first = find(tmp_path, job="a", node=0, first_rank=0, timeout_s=5)
+    second = find(tmp_path, job="a", node=0, first_rank=0, timeout_s=5)
+    with pytest.raises(ClosedError):
+        second.one()
+    first.send({"kind": "joined", "rank": 0, "epoch": 0, "state": None})
+    first.send({"kind": "joined", "rank": 1, "epoch": 0, "state": None})
+    assert first.one()["kind"] == "form"
+    first.close()
 
 
 def test_a_folder_is_in_use_while_its_server_answers(tmp_path):
     assert in_use(tmp_path) == ""
-    server = ControlServer(Membership(size=1), host="127.0.0.1", folder=tmp_path)
+    server = ControlServer(Membership(size=1), host="127.0.0.1", job="a", folder=tmp_path)
     assert f"run.dir={tmp_path}" in in_use(tmp_path)
     job = Job(argv=("x.py",), processes=1, status=tmp_path / "status.json")
     (tmp_path / "status.json").write_text("the other's")
@@ -99,7 +112,7 @@ def test_a_folder_is_in_use_while_its_server_answers(tmp_path):
 
 
 def test_a_host_that_vanishes_is_noticed(server, tmp_path):
-    lines = find(tmp_path, node=0, first_rank=0, timeout_s=5)
+    lines = find(tmp_path, job="a", node=0, first_rank=0, timeout_s=5)
     with socket.socket(fileno=os.dup(lines.fileno())) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000

@@ -180,3 +180,16 @@ def test_a_node_whose_supervisor_is_silent_ends_the_attempt():
     assert verdict["exit_code"] == FAILED and verdict["restart"] and verdict["rank"] == 1
     assert "node 1" in verdict["error"] and "silent" in verdict["error"]
     assert members.tick(2.0 + SILENCE_S) == []  # once
+
+
+def test_a_watcher_that_was_asleep_judges_nobody_by_that_time():
+    members = Membership(size=2, limits=Limits(hang_s=20.0))
+    join_all(members, 0)
+    for node in (0, 1):
+        beats = {"kind": "beats", "node": node, "first_rank": node, "ranks": [[node, 1, 1]]}
+        assert members.handle(beats, 1.0) == []
+    assert members.tick(1.0) == []
+    for now in range(100, 118):  # 99 s asleep, then 18 s awake
+        assert members.tick(float(now)) == []
+    said = [message for now in range(118, 150) for message in members.tick(float(now))]
+    assert [message["kind"] for message in said] == ["kill", "verdict"]

@@ -19,6 +19,7 @@ VARIABLES = {
     "LOCAL_WORLD_SIZE": "2",
     "GROUP_RANK": "0",
     "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
 }
 
 

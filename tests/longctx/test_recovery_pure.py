@@ -167,15 +167,29 @@ def test_memory_is_predicted_from_ranks_and_copies(tmp_path):
     assert available_bytes(tmp_path) == 12 * 1024
 
 
-def test_a_container_has_no_more_memory_than_its_limit(tmp_path):
-    (tmp_path / "proc").mkdir()
+@pytest.mark.parametrize(
+    ("entry", "top", "names"),
+    [
+        ("0::/job/step", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job/step",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_a_job_has_no_more_memory_than_the_limits_of_its_groups(tmp_path, entry, top, names):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text("MemAvailable: 12 kB\n")
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
-    for name, text in (("max", "9000\n"), ("current", "8000\n"), ("stat", "anon 5\ninactive_file 1000\n")):
-        (group / f"memory.{name}").write_text(text)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"1:devices:/else\n{entry}\n")
+    step = tmp_path / "sys" / "fs" / "cgroup" / top / "job" / "step"
+    step.mkdir(parents=True)
+    for group, limit in ((step, "max\n"), (step.parent, "9000\n")):
+        (group / names[0]).write_text(limit)
+        (group / names[1]).write_text("8000\n")
+        (group / "memory.stat").write_text(f"anon 5\n{names[2]} 1000\n")
     assert available_bytes(tmp_path) == 2000
-    (group / "memory.max").write_text("max\n")
+    (step.parent / names[0]).write_text("max\n")
     assert available_bytes(tmp_path) == 12 * 1024
 
 

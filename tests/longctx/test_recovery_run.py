@@ -201,6 +201,28 @@ def test_a_dead_supervisor_is_torchruns_to_restart_from_the_newest_checkpoint(tm
 
 
 @pytest.mark.timeout(200)
+def test_ctrl_c_on_torchruns_own_line_saves(tmp_path):
+    write_corpus(tmp_path / "docs")
+    folder = tmp_path / "interrupted"
+    options = [*overrides(tmp_path, "interrupted", layout={"dp_shard": 2}), *COMMON, "train.steps=100000"]
+    line = ["--nnodes=1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    line += ["--rdzv-conf=is_host=true", "--local-addr=127.0.0.1", "-m", "longctx", "train"]
+    command = [sys.executable, "-m", "torch.distributed.run", *line, "recipes/quickstart.yaml", *options]
+    with (tmp_path / "words").open("w") as words:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=words, stderr=words, start_new_session=True)
+    wait_for_steps(folder, 4, run)
+    os.killpg(run.pid, signal.SIGINT)
+    run.wait(timeout=100)
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 64, (
+        tmp_path / "words"
+    ).read_text()
+    assert events(folder, "recovered") == [] and len(events(folder, "stop")) == 1
+    saved = max(path.name for path in (folder / "ckpt").glob("step-*"))
+    assert int(saved.removeprefix("step-")) == rows(folder)[-1][0]
+    assert left_over(folder) == []
+
+
+@pytest.mark.timeout(200)
 def test_a_bug_that_comes_again_ends_the_run_with_65_and_its_words(tmp_path):
     write_corpus(tmp_path / "docs")
     strikes = ["4:1:forward:exception"] * 2
