@@ -4,12 +4,13 @@ For a time budget the longest pieces go first, each to the place that costs the 
 milliseconds: the fullest open group of some degree that has room, or a new group. What does not fit
 waits. Ranks that stay free double the slowest groups. Several budgets are tried per microbatch, and
 the one with the least time plus estimated rest is kept; several weights of that rest are tried too, and
-several expectations of how full later microbatches get, since a rest that just fits rarely does.
+several expectations of how full later microbatches get, since a rest that just fits rarely does. The same
+is tried without the smallest degrees and with each degree alone.
 
 Compiled by numba, without the interpreter's lock: planning in a thread takes nothing from training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -30,6 +31,8 @@ FILLED = (1.0, 0.98, 0.93)
 """Share of the memory that later microbatches are expected to fill."""
 FILLS = 24
 """Other weights and shares are tried until so many times the step's pieces were placed, at effort 1."""
+SMALL = 4096
+"""Pieces times ranks up to which every window of degrees is searched as long as all of them together."""
 WAITS = -1
 """In place of a group: the piece is left to later microbatches."""
 
@@ -44,22 +47,42 @@ def fill(
     room = cost.capacity_tokens // pp
     degrees = usable_degrees(num_ranks, cost)
     sizes, kind = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True)
+    kind = kind.astype(np.int64)
     times = np.array(
         [[cost.piece_ms(int(n), d) if n <= room * d else np.inf for d in degrees] for n in sizes],
         dtype=np.float64,
     ).reshape(len(sizes), len(degrees))
-    tables = (kind.astype(np.int64), sizes, times, np.array(degrees, dtype=np.int64))
     order = np.argsort(-sizes[kind], kind="stable").astype(np.int64)
-    search = _Search(tables, num_ranks, room, max(2, round(BUDGETS * effort)))
+    budgets = max(2, round(BUDGETS * effort))
     best_ms, best = np.inf, []
-    for filled, weight in product(FILLED, REST_WEIGHTS):
-        if search.pieces > FILLS * effort * len(order):
-            break  # counted, not timed: the same on every machine
-        rest = _Rest(weight / num_ranks, filled * room * num_ranks, cost.beta_ms)
-        time_ms, found = search.empty_pool(order, rest, pp=pp, limit_ms=best_ms)
-        if time_ms < best_ms:
-            best_ms, best = time_ms, found
+    for allowed in _windows(times):
+        table = np.where(allowed, times, np.inf)
+        search = _Search((kind, sizes, table, np.array(degrees, dtype=np.int64)), num_ranks, room, budgets)
+        for filled, weight in product(FILLED, REST_WEIGHTS):
+            rest = _Rest(weight / num_ranks, filled * room * num_ranks, cost.beta_ms)
+            time_ms, found = search.empty_pool(order, rest, pp=pp, limit_ms=best_ms)
+            if time_ms < best_ms:
+                best_ms, best = time_ms, found
+            fills = FILLS * effort if allowed.all() or len(order) * num_ranks <= SMALL else 0
+            if search.pieces > fills * len(order):
+                break  # counted, not timed: the same on every machine
     return tuple(_groups(each, degrees, num_ranks) for each in best) or (_groups(None, degrees, num_ranks),)
+
+
+def _windows(times: Floats) -> Iterator[npt.NDArray[np.bool_]]:
+    """Degrees to choose among: all of them, all but the smallest few, one alone.
+
+    A piece goes where it costs the fewest rank milliseconds, which is a small degree; with a budget to
+    spare that leaves ranks idle, and wider groups, or all of one size, are then the better choice.
+    """
+    index = np.arange(times.shape[1])
+    yield index >= 0
+    for degree in index:
+        if degree > 0:
+            yield index >= degree
+        alone = index == degree
+        if np.isfinite(times[:, alone]).all() and len(index) > 1 and degree < index[-1]:
+            yield alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Step plans: always valid, never below the bound, equal everywhere, better than one static degree."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,20 @@ def test_adaptive_groups_beat_every_static_degree_on_long_tails(seed):
     cost = make_cost(16)
     static = [static_ms(lengths, d, 16, cost) for d in (1, 2, 4, 8, 16) if max(lengths) <= 1000 * d]
     assert plan_step(lengths, num_ranks=16, cost=cost).time_ms < min(static)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_ranks=st.sampled_from([2, 4, 8, 16]),
+    lengths=st.lists(st.sampled_from([64, 128, 256, 512, 1000]), min_size=1, max_size=40),
+    fixed_ms=st.sampled_from([0.0, 3.0]),
+)
+def test_no_single_degree_beats_adaptive_groups_in_small_steps(num_ranks, lengths, fixed_ms):
+    cost = replace(make_cost(num_ranks), beta_ms=fixed_ms)
+    plan = plan_step(lengths, num_ranks=num_ranks, cost=cost)
+    for degree, comm in cost.comm_ms_per_token.items():
+        alone = plan_step(lengths, num_ranks=num_ranks, cost=replace(cost, comm_ms_per_token={degree: comm}))
+        assert plan.time_ms <= alone.time_ms * (1 + 1e-12), degree
 
 
 def test_a_piece_longer_than_all_memory_is_named_with_the_longest_that_fits():
