@@ -179,6 +179,8 @@ def _verdict(job: Job, code: int, stop: Stop, report: str) -> int:
     if failure is None:  # torchrun itself failed: its words are all there is
         say(report.rstrip())
     say(f"error: {failure or f'torchrun ended with exit code {code}'}" + _see(job.log))
+    if failure and failure.exit_code == BAD_INPUT:  # of a program that may not write into the folder
+        return BAD_INPUT
     return code if code > 0 else 128 - code
 
 
