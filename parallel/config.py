@@ -82,7 +82,7 @@ class ParallelConfig:
         hint = (
             f"set parallel.dp_shard={world_size // rest}"
             if world_size % rest == 0
-            else f"start a multiple of {rest} processes, or lower one of the degrees"
+            else f"start {self.world_size}, or lower one of the degrees"
         )
         raise ConfigError(
             f"parallel degrees {degrees} need {self.world_size} processes, not {world_size}; {hint}"

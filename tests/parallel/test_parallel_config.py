@@ -22,7 +22,7 @@ def test_degrees_are_positive_whole_numbers(axis, value):
 def test_a_world_of_another_size_names_the_key_to_change():
     with pytest.raises(ConfigError, match=r"need 4 processes, not 12; set parallel.dp_shard=6"):
         ParallelConfig(dp_shard=2, ring=2).check(12)
-    with pytest.raises(ConfigError, match=r"start a multiple of 4 processes"):
+    with pytest.raises(ConfigError, match=r"need 4 processes, not 6; start 4, or lower"):
         ParallelConfig(ring=4).check(6)
 
 
