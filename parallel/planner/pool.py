@@ -23,8 +23,8 @@ from .sequence import Group, SequenceCost, usable_degrees
 
 REST_WEIGHTS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3)
 """How much the work that a microbatch leaves over counts against it."""
-BUDGETS = 20
-"""Time budgets per microbatch at effort 1, from tight to loose."""
+BUDGETS, FEWER = 20, 2
+"""Time budgets per microbatch at effort 1, tight to loose; and for a part of the degrees in large steps."""
 LOOSEST = 2.2
 """The loosest budget over the tightest."""
 FILLED = (1.0, 0.98, 0.93)
@@ -53,18 +53,18 @@ def fill(
         dtype=np.float64,
     ).reshape(len(sizes), len(degrees))
     order = np.argsort(-sizes[kind], kind="stable").astype(np.int64)
-    budgets = max(2, round(BUDGETS * effort))
     best_ms, best = np.inf, []
     for allowed in _windows(times):
-        table = np.where(allowed, times, np.inf)
-        search = _Search((kind, sizes, table, np.array(degrees, dtype=np.int64)), num_ranks, room, budgets)
+        thorough = bool(allowed.all()) or len(order) * num_ranks <= SMALL
+        budgets = max(2, round((BUDGETS if thorough else FEWER) * effort))
+        tables = (kind, sizes, np.where(allowed, times, np.inf), np.array(degrees, dtype=np.int64))
+        search = _Search(tables, num_ranks, room, budgets)
         for filled, weight in product(FILLED, REST_WEIGHTS):
             rest = _Rest(weight / num_ranks, filled * room * num_ranks, cost.beta_ms)
             time_ms, found = search.empty_pool(order, rest, pp=pp, limit_ms=best_ms)
             if time_ms < best_ms:
                 best_ms, best = time_ms, found
-            fills = FILLS * effort if allowed.all() or len(order) * num_ranks <= SMALL else 0
-            if search.pieces > fills * len(order):
+            if search.pieces > (FILLS * effort * len(order) if thorough else 0):
                 break  # counted, not timed: the same on every machine
     return tuple(_groups(each, degrees, num_ranks) for each in best) or (_groups(None, degrees, num_ranks),)
 
