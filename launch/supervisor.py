@@ -22,6 +22,7 @@ from .lines import ClosedError, Lines, Message
 from .membership import ASLEEP_S, SILENCE_S, Limits, Membership
 from .place import Place
 from .protocol import BAD_INPUT, DONE, FAILED, REQUEUE, Status, write_status
+from .trainer import Trainer, how_it_ended
 from .verdict import VerdictServer
 
 TICK_S = 0.25
@@ -46,30 +47,6 @@ class Settings:
     """Silence after which a trainer is killed."""
     limits: Limits = field(default_factory=Limits)
     """When the job gives up."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Trainer:
-    """A process of ours, with a rank or spare."""
-
-    process: "subprocess.Popen[bytes]"
-    """The process."""
-    lines: Lines
-    """What it says."""
-    rank: int | None = None
-    """Its rank; None: spare."""
-    warm: bool = False
-    """Whether it has imported torch."""
-    heard: float = field(default_factory=time.monotonic)
-    """When it last said something."""
-    beat: tuple[int, int] = (-1, 0)
-    """Step and progress of its last heartbeat."""
-    ended: bool = False
-    """Whether it has said how it ends; it then waits for the verdict."""
-    error: str | None = None
-    """What it says went wrong before it ends."""
-    killed: str | None = None
-    """Why we killed it."""
 
 
 class Supervisor:
@@ -179,7 +156,7 @@ class Supervisor:
         if trainer.rank is None or self._verdict is not None:
             return
         spare = next((each for each in self._trainers if each.rank is None), None)
-        loss = {"kind": "lost", "rank": trainer.rank, "how": _how(trainer, code), "at": time.time()}
+        loss = {"kind": "lost", "rank": trainer.rank, "how": how_it_ended(trainer, code), "at": time.time()}
         self._control.send(loss | {"warm": bool(spare and spare.warm)})
         successor = "a spare" if spare else "a new process"
         say(f"rank {trainer.rank} {loss['how']}; {successor} takes its place")
@@ -338,18 +315,3 @@ def say(text: str) -> None:
 
 def _noted(number: int, frame: FrameType | None) -> None:
     """The wake-up byte says it all; without a handler the signal would kill this process."""
-
-
-def _how(trainer: Trainer, code: int) -> str:
-    if trainer.killed:
-        return trainer.killed
-    if code < 0:
-        try:
-            return f"died, killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"died, killed by signal {-code}"
-    return (
-        f"failed ({trainer.error})"
-        if trainer.error
-        else f"ended with exit code {code} in the middle of the run"
-    )
