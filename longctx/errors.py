@@ -11,6 +11,10 @@ class DataError(ValueError):
     """A document source or a token store cannot be used."""
 
 
+class OutOfData(DataError):  # noqa: N818
+    """The sources have no further step to give. Draws depend on the step alone: every rank finds it there."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or is incomplete or damaged."""
 

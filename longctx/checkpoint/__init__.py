@@ -8,6 +8,7 @@ renamed when everything is on disk; on object stores, which cannot rename, the m
 
 from .keeping import latest_good as latest_good
 from .keeping import list_checkpoints as list_checkpoints
+from .keeping import step_name as step_name
 from .loading import check_model as check_model
 from .loading import load as load
 from .loading import load_weights as load_weights

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from ..errors import OutOfData
 from .expected import Expected
 from .index import Int64s
 from .packing import Floats
@@ -140,7 +140,7 @@ class Curriculum:
             int64 [b] drawn before the step, int64 [b] drawn in it.
 
         Raises:
-            DataError: nothing is left to draw, naming the sources.
+            OutOfData: nothing is left to draw, naming the sources.
         """
         self._seek(step)
         before = self._state.drawn.copy()
@@ -183,7 +183,7 @@ class Curriculum:
         else:
             counts = draw_one_class(state.owed, lengths, open_, self._budget, key=(self._seed, state.step))
         if int(counts @ lengths) != self._budget:
-            raise DataError(self._spent(state.step))
+            raise OutOfData(self._spent(state.step))
         state.owed -= counts * lengths
         state.drawn = state.drawn + counts
         state.step += 1
@@ -202,7 +202,7 @@ class Curriculum:
         room = self._of_sources(np.where(inside > 0, caps, 0.0))
         parts = water_fill(self._weights(state.step), room, self._budget)
         if parts is None:
-            raise DataError(self._spent(state.step))
+            raise OutOfData(self._spent(state.step))
         if self._odds is None:
             return self._divided(parts, inside, caps)
         self._foresee(state, available)

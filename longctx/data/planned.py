@@ -14,7 +14,7 @@ from typing import Any
 from parallel.errors import PlanError
 from parallel.planner.sequence import Group, StepPlan
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, OutOfData
 from .batch import PackedBatch, build_batch
 from .held_out import HeldOutBatch, held_out_batches
 from .loader import Packs, StepLoader
@@ -59,7 +59,7 @@ class PlannedLoader(StepLoader):
 
         Raises:
             ConfigError: no plan exists, for example for a piece longer than all ranks can hold.
-            DataError: nothing is left to draw; see `StepLoader.step`.
+            OutOfData: nothing is left to draw; see `StepLoader.step`.
         """
         started = time.perf_counter()
         if self._received is None or self._received[0] != step:
@@ -105,7 +105,7 @@ class PlannedLoader(StepLoader):
         """On the leader: a plan as JSON, or why there is none."""
         try:
             return encode_plan(self._planning.plan(self.lengths(step)))
-        except DataError as error:
+        except OutOfData as error:
             return {"spent": str(error)}
         except PlanError as error:
             return {"error": f"step {step + 1}: {error}; see step_plan.capacity_tokens"}
@@ -119,7 +119,7 @@ class PlannedLoader(StepLoader):
             message = ahead[1].result() if ahead is not None and ready else self._plan(step)
         message = self._planning.share(message)
         if "microbatches" not in message:  # told when the step is asked for: it may never be
-            failed = ConfigError(message["error"]) if "error" in message else DataError(message["spent"])
+            failed = ConfigError(message["error"]) if "error" in message else OutOfData(message["spent"])
             self._received = (step, failed)
             return
         plan = decode_plan(message)

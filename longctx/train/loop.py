@@ -18,6 +18,7 @@ from ..errors import (
     ConfigError,
     DataError,
     NoProgress,
+    OutOfData,
     ReplicasDiffer,
     StateLost,
     TrainingDiverged,
@@ -281,6 +282,9 @@ def _one_step(session: Session) -> StepResult:
                 session.saves.wait()
                 newest = session.saves.newest or "none"
                 raise TrainingDiverged(f"{error}. Last good checkpoint: {newest}") from spike
+        except OutOfData as error:  # on every rank, so all can save; another DataError may be one rank's
+            session.saves.keep_last()
+            raise OutOfData(f"{error}. Newest checkpoint: {session.saves.newest or 'none'}") from error
 
 
 def _forget(session: Session) -> None:

@@ -86,6 +86,13 @@ class Saves:
             facts["save_s"] = round(self.measured_s, 4)
         self._folder.event("checkpoint", step=self._begun, path=str(self.newest), **facts)
 
+    def keep_last(self) -> None:
+        """Save the state that the run ends in, where the newest checkpoint is of an earlier step."""
+        step = self._run.progress.step
+        if step and not str(self.newest).endswith(checkpoint.step_name(step)):
+            self.save(last=True)
+        self.wait()
+
     def wait(self) -> None:
         """Return when the newest save counts."""
         self._saver.wait()

@@ -1,10 +1,12 @@
 """How fast the hardware is, what a step costs, and how long a run will take."""
 
 import time
+from collections.abc import Iterator
 
 import torch
 
 from ..build import Run, compute_dtype
+from ..errors import OutOfData
 from ..model.flops import causal_flops
 
 # Dense bf16 peaks in 1e12 FLOP/s, without sparsity, from the vendors' data sheets.
@@ -61,17 +63,29 @@ def estimate_seconds(run: Run, peak: float | None, *, samples: int = 32) -> floa
     Args:
         run: the run.
         peak: one rank's `peak_flops`.
-        samples: steps whose FLOPs are counted exactly; the mean stands for the rest.
+        samples: steps whose FLOPs are counted exactly, as far as the data goes; the mean stands for the
+            rest.
     """
     if peak is None:
         return None
     first, last = run.progress.step, run.config.train.steps
-    counted = range(first, min(last, first + samples))
-    if not counted:
+    if first >= last:
         return 0.0
-    flops = sum(step_flops(run, step) for step in counted) / len(counted) * (last - first)
+    counted = list(_counted(run, range(first, min(last, first + samples))))
+    if not counted:
+        return None
+    flops = sum(counted) / len(counted) * (last - first)
     share = GPU_STEP_EFFICIENCY if run.world.device.type == "cuda" else CPU_STEP_EFFICIENCY
     return flops / (peak * run.world.size * share)
+
+
+def _counted(run: Run, steps: range) -> Iterator[float]:
+    """FLOPs of each step until the data ends; training comes to that itself."""
+    for step in steps:
+        try:
+            yield step_flops(run, step)
+        except OutOfData:
+            return
 
 
 def dtype_of(run: Run) -> torch.dtype:

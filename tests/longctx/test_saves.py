@@ -47,3 +47,26 @@ def test_a_run_that_could_not_save_in_time_has_always_saved(tmp_path):
     steps = [event["step"] for event in saves]
     assert steps[0] == 1 and steps[-1] == 12 and len(steps) > 2 and pace["every"] >= 1
     assert saves[-1]["save_s"] > 0
+
+
+@pytest.mark.parametrize("groups", ["static", "adaptive"])
+def test_a_run_whose_data_ends_saves_the_steps_that_it_has_done(tmp_path, groups):
+    write_corpus(tmp_path / "docs")
+
+    def run(epochs, *extra):
+        sources = f"data.sources=[{{name: only, path: {tmp_path}/docs, max_epochs: {epochs}}}]"
+        asked = ("curriculum.kind=natural", f"step_plan.groups={groups}", "train.eval_every=0", sources)
+        (tmp_path / "run" / "rendezvous").unlink(missing_ok=True)
+        codes = run_ranks(train_rank, 2, tmp_path, "run", (*asked, *extra), init=False)
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return codes, [json.loads(line)["step"] for line in lines]
+
+    codes, steps = run(1, "train.steps=40")
+    assert codes == [2, 2]
+    done, tokens = len(steps), sum(len(path.read_bytes()) for path in (tmp_path / "docs").iterdir())
+    assert 0 < done <= tokens // 2048 < 8
+    error = json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
+    assert f"step {done + 1}: what data.sources may still give" in error
+    assert error.endswith(f"step-{done:08d}")
+    assert [path.name for path in (tmp_path / "run" / "ckpt").glob("step-*")] == [f"step-{done:08d}"]
+    assert run(0, "train.steps=8", "run.resume=true") == ([0, 0], list(range(1, 9)))
