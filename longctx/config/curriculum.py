@@ -1,13 +1,15 @@
 """Cross-field checks of curricula, sources and step plans. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, isfinite
 
 from parallel.config import ParallelConfig
 
 from ..errors import ConfigError
 from .schema import Config, StepPlanConfig
 from .units import format_tokens
+from .weights import class_weights, source_points
 
 
 def check_curriculum(config: Config) -> None:
@@ -54,15 +56,18 @@ def check_curriculum(config: Config) -> None:
             f"{format_tokens(seq_len)}, so microbatches could not be filled; set "
             f"train.microbatch_tokens={format_tokens(-(-micro // seq_len) * seq_len)}"
         )
-    if config.curriculum.kind == "weights" and not any(w > 0 for w in config.curriculum.weights.values()):
-        raise ConfigError(
-            "curriculum.kind=weights needs curriculum.weights, a weight for at least one length class; set "
-            f"for example curriculum.weights.{format_tokens(seq_len)}=1"
-        )
-    _check_sources(config)
+    classes = [1 << k for k in range(low.bit_length() - 1, seq_len.bit_length())]
+    if config.curriculum.kind == "weights":
+        weights = class_weights(config.curriculum.weights, classes, "curriculum.weights")
+        if not any(weights.values()):
+            raise ConfigError(
+                "curriculum.kind=weights needs curriculum.weights, a weight for at least one length class; "
+                f"set for example curriculum.weights.{format_tokens(seq_len)}=1"
+            )
+    _check_sources(config, classes)
 
 
-def _check_sources(config: Config) -> None:
+def _check_sources(config: Config, classes: Sequence[int]) -> None:
     if config.curriculum.reweight_every and len(config.data.sources) < 2:
         raise ConfigError(
             f"curriculum.reweight_every={config.curriculum.reweight_every} changes the weights of "
@@ -76,11 +81,20 @@ def _check_sources(config: Config) -> None:
                 f"{where} has name {source.name!r} and path {source.path!r}; give every source a path and a "
                 "name of its own"
             )
-        if not source.weight >= 0 or not source.max_epochs >= 0:
+        for name in ("weight", "max_epochs"):
+            if not 0 <= getattr(source, name) < inf:
+                raise ConfigError(
+                    f"{where} ({source.name}): {name}={getattr(source, name)}; choose 0 or more, and a "
+                    "finite number"
+                )
+        if not isfinite(source.reference_loss):
             raise ConfigError(
-                f"{where} ({source.name}): weight={source.weight}, max_epochs={source.max_epochs}; choose 0 "
-                "or more"
+                f"{where} ({source.name}): reference_loss={source.reference_loss}; choose a finite number of "
+                "nats per token"
             )
+        class_weights(source.lengths, classes, f"data.sources[{source.name}].lengths")
+    if config.data.sources:
+        source_points(config.data.sources)
 
 
 def resolve_step_plan(config: Config, *, node_ranks: int) -> Config:

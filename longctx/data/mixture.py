@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..config.weights import class_weights
 from ..errors import ConfigError, DataError
 from .curriculum import Buckets, Curriculum, Wanted
 from .decomposition import decompose_documents, length_classes
 from .index import Int64s
 from .packing import Floats, Pack, Pieces
 from .split import hash_key, hash_numbers
-from .weights import LossWeights, class_weights, source_weights
+from .weights import LossWeights, source_weights
 
 if TYPE_CHECKING:
     from ..config.schema import CurriculumConfig, DataConfig, SourceConfig

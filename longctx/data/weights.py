@@ -1,4 +1,4 @@
-"""Weights as the user writes them, checked and turned into functions of the step."""
+"""The sources' weights as functions of the step: what the user wrote, or what losses make of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import exp
@@ -6,39 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.units import parse
-from ..errors import ConfigError
+from ..config.weights import source_points
 
 if TYPE_CHECKING:
     from ..config.schema import SourceConfig
-
-
-def class_weights(given: Mapping[str, float], classes: Sequence[int], key: str) -> dict[int, float]:
-    """Weights by length class.
-
-    Args:
-        given: length in tokens (`8k`, `8192`) -> weight.
-        classes: lengths that exist.
-        key: name of the mapping, for messages.
-
-    Raises:
-        ConfigError: no such class, or a weight below zero.
-    """
-    weights: dict[int, float] = {}
-    for text, weight in given.items():
-        try:
-            length = int(parse(str(text), "tokens"))
-        except ValueError as error:
-            raise ConfigError(f"{key}: {text!r} is no length in tokens ({error})") from error
-        if length not in classes:
-            raise ConfigError(
-                f"{key}: {text} is no length class; choose among {', '.join(map(str, classes))} "
-                "(powers of two from data.min_len to data.seq_len)"
-            )
-        if not weight >= 0:
-            raise ConfigError(f"{key}: {text} has weight {weight}; choose 0 or more")
-        weights[length] = float(weight)
-    return weights
 
 
 def source_weights(sources: "Sequence[SourceConfig]", steps: int) -> Callable[[int], list[float]]:
@@ -47,39 +18,17 @@ def source_weights(sources: "Sequence[SourceConfig]", steps: int) -> Callable[[i
     A source's weight is constant, or follows the points of its schedule, linearly between them.
 
     Raises:
-        ConfigError: a weight below zero, all zero, or a point outside 0..1.
+        ConfigError: see `source_points`.
     """
     if not sources:
         return lambda step: [1.0]
-    points = [_points(source) for source in sources]
+    points = source_points(sources)
 
     def weights(step: int) -> list[float]:
         progress = step / max(1, steps - 1)
         return [float(np.interp(progress, at, value)) for at, value in points]
 
-    for step in (0, steps - 1):
-        if not sum(weights(step)) > 0:
-            raise ConfigError(f"data.sources: all weights are 0 in step {step + 1}; give one a weight")
     return weights
-
-
-def _points(source: "SourceConfig") -> tuple[list[float], list[float]]:
-    try:
-        given = {float(at): float(weight) for at, weight in source.schedule.items()}
-    except ValueError as error:
-        raise ConfigError(
-            f"data.sources[{source.name}]: schedule={source.schedule} maps progress from 0 to 1 to weights, "
-            f"both numbers ({error})"
-        ) from error
-    schedule = given or {0.0: source.weight}
-    for at, weight in schedule.items():
-        if not (0 <= at <= 1 and weight >= 0):
-            raise ConfigError(
-                f"data.sources[{source.name}]: weight {weight} at progress {at}; weights are 0 or more, "
-                "progress runs from 0 (first step) to 1 (last step)"
-            )
-    progress = sorted(schedule)
-    return progress, [schedule[each] for each in progress]
 
 
 class LossWeights:

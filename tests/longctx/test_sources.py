@@ -5,19 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from stores import make_store
 from tiny import make_config, make_world, write_corpus
 
-from longctx.build import World, build
 from longctx.config.check import resolve
 from longctx.config.load import load
 from longctx.config.schema import CurriculumConfig, DataConfig, SourceConfig
+from longctx.config.weights import class_weights
 from longctx.data.mixture import make_mixture
 from longctx.data.sources import Corpus, open_data
-from longctx.data.weights import LossWeights, class_weights, source_weights
+from longctx.data.weights import LossWeights, source_weights
 from longctx.errors import ConfigError, DataError
 from longctx.recovery.members import Fixed
 from longctx.train.loop import train
@@ -152,6 +150,16 @@ def test_a_source_without_a_long_enough_document_is_named(stores):
         (["data.min_len=400", "data.seq_len=256"], ["data.min_len=400"]),
         (["curriculum.kind=weights"], ["curriculum.weights"]),
         (["curriculum.kind=weights", "curriculum.weights.512=0"], ["curriculum.weights"]),
+        (["curriculum.kind=weights", "curriculum.weights.3k=1"], ["curriculum.weights: 3k", "256, 512"]),
+        (["curriculum.kind=weights", "curriculum.weights={512: 1, 256: -1}"], ["256 has weight -1"]),
+        (["curriculum.kind=weights", "curriculum.weights.512=.inf"], ["weight inf", "finite"]),
+        (["data.sources=[{name: a, path: x, weight: .inf}]"], ["data.sources[0]", "weight=inf", "finite"]),
+        (["data.sources=[{name: a, path: x, max_epochs: .nan}]"], ["max_epochs=nan"]),
+        (["data.sources=[{name: a, path: x, reference_loss: .inf}]"], ["reference_loss=inf"]),
+        (["data.sources=[{name: a, path: x, lengths: {3k: 1}}]"], ["data.sources[a].lengths: 3k"]),
+        (["data.sources=[{name: a, path: x, schedule: {2: 1}}]"], ["data.sources[a]", "progress 2"]),
+        (["data.sources=[{name: a, path: x, schedule: {0: .inf}}]"], ["weight inf at progress 0"]),
+        (["data.sources=[{name: a, path: x, weight: 0}]"], ["all weights are 0"]),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(extra, words):
@@ -172,6 +180,7 @@ def test_weights_are_checked_and_schedules_are_linear():
         ({"half": 1.0}, "schedule="),
         ({"2": 1.0}, "progress 2.0"),
         ({"1": 0.0}, "all weights are 0"),
+        ({"0": 1.0, "0.5": 0.0, "1": 1.0}, "all weights are 0 at progress 0.5"),
     ):
         with pytest.raises(ConfigError, match=words):
             source_weights([SourceConfig(name="a", path="x", schedule=schedule)], 3)
@@ -204,20 +213,12 @@ def train_rank(rank: int, size: int, base, name: str, meeting: str, extra: tuple
     return train(config, Fixed(make_world(base / meeting, rank, size)))
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        "data.sources=[{{name: a, path: {docs}, lengths: {{300: 1}}}}]",
-        "data.sources=[{{name: a, path: {docs}, weight: 0}}]",
-        "curriculum.weights={{300: 1}}",
-    ],
-)
-def test_weights_that_fit_nothing_are_refused_before_any_process_group(base, extra):
-    settings = ("curriculum.kind=weights", "curriculum.weights={512: 1}", "data.min_len=16")
-    config = make_config(base, "refused", extra=(*settings, extra.format(docs=base / "docs")))
-    with pytest.raises(ConfigError, match=r"data\.sources|curriculum\.weights"):
-        build(config, World(rank=0, size=1, device=torch.device("cpu"), store=dist.HashStore()))
-    assert not dist.is_initialized()
+def test_weights_for_classes_that_the_documents_lack_are_refused(tmp_path):
+    make_store(tmp_path / "even", documents([257] * 20, 3))  # pieces of 256 alone
+    data = DataConfig(path=str(tmp_path / "even"), seq_len=256, min_len=16, held_out=0.0, workers=1)
+    curriculum = CurriculumConfig(kind="weights", weights={"64": 1.0})
+    with pytest.raises(ConfigError, match=r"curriculum\.weights, which names none of \[256\]"):
+        make_mixture(open_data(data), data, curriculum, seed=0, tokens=(256, 256), steps=1)
 
 
 def rows_of(base, name: str, *runs: tuple[int, tuple[str, ...]]) -> list[dict]:
