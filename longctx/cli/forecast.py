@@ -1,4 +1,4 @@
-"""What the step planner predicts for the first steps of a curriculum: adaptive groups against static ones."""
+"""What the step planner predicts for the steps of a curriculum: adaptive groups against static ones."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from ..data.mixture import make_mixture
 from ..data.sources import open_data
 from ..model.step_cost import sequence_cost
 
-STEPS = 3
+STEPS = 8
 """Steps that are planned; the mean of their predictions stands for the run."""
 
 
@@ -28,7 +28,10 @@ class Forecast:
 
 
 def forecast(config: Config, ranks: int) -> Forecast:
-    """Plan the first steps under `step_plan`'s constants, or nominal ones.
+    """Plan the run's steps under `step_plan`'s constants, or nominal ones.
+
+    The steps are those of a run of `STEPS` steps and one cycle: it goes through the same lengths and
+    schedules as the whole run, and no step has to be reached by replaying thousands before it.
 
     Args:
         config: as loaded; without a curriculum, `natural` stands in.
@@ -52,19 +55,17 @@ def forecast(config: Config, ranks: int) -> Forecast:
     model = replace(config.model, vocab_size=rows)
     cost = sequence_cost(model, config.step_plan, device=device, itemsize=2, num_ranks=ranks)
     tokens = (microbatch_tokens(config), config.train.global_batch_tokens)
+    steps = min(STEPS, config.train.steps)
     mixture = make_mixture(
         opened,
         config.data,
-        config.curriculum,
+        replace(config.curriculum, cycles=1),
         seed=config.run.seed,
         tokens=tokens,
-        steps=config.train.steps,
+        steps=steps,
     )
-    steps = [
-        mixture.bucketed.pieces.length[mixture.numbers(step)].tolist()
-        for step in range(min(STEPS, config.train.steps))
-    ]
-    return predict(steps, ranks, cost)
+    drawn = [mixture.bucketed.pieces.length[mixture.numbers(step)].tolist() for step in range(steps)]
+    return predict(drawn, ranks, cost)
 
 
 def predict(steps: list[list[int]], ranks: int, cost: SequenceCost) -> Forecast:

@@ -47,9 +47,9 @@ class Outlook:
         return sum(length * count for length, count in zip(self.classes, self.pieces, strict=True))
 
     @property
-    def attention_share(self) -> float:
-        """Attention work of the pieces / that of concat-and-chunk on as many tokens."""
-        return self.pairs / self.chunked_pairs if self.chunked_pairs else 1.0
+    def attention_share(self) -> float | None:
+        """Attention work of the pieces / that of concat-and-chunk on as many tokens; None without pieces."""
+        return self.pairs / self.chunked_pairs if self.chunked_pairs else None
 
 
 def outlook(lengths: Int64s, config: "DataConfig", *, too_long: str = "longest") -> Outlook:
@@ -97,7 +97,10 @@ def outlook_text(found: Outlook, name: str) -> str:
         "a document's last token)"
     )
     lines.append(
-        f"attention work of the pieces: {found.attention_share:.1%} of concat-and-chunk at {longest:,} tokens"
+        f"no document has a piece; lower data.min_len={found.classes[0]:,}, or add longer documents"
+        if found.attention_share is None
+        else f"attention work of the pieces: {found.attention_share:.1%} of concat-and-chunk at {longest:,} "
+        "tokens"
     )
     reach = found.reaching / max(1, found.documents)
     if reach < FEW:

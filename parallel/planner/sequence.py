@@ -77,14 +77,20 @@ def plan_step(
         effort: scales the number of candidates that are tried.
 
     Raises:
-        PlanError: no degree is usable, or a piece is longer than all memory; it names the piece's
-            length and the longest that fits.
+        PlanError: no degree is usable, a piece counts less than one token, or one is longer than all
+            memory; it names the piece's length and the longest that fits.
     """
     from .pool import fill
 
     degrees = usable_degrees(num_ranks, cost)
     room = cost.capacity_tokens // pp
     longest = max(lengths, default=0)
+    below = next((number for number, length in enumerate(lengths) if not length >= 1), None)
+    if below is not None:
+        raise PlanError(
+            f"piece {below} counts {lengths[below]} tokens; every piece has at least 1: leave empty pieces "
+            "out, and give none a cost below 1"
+        )
     if longest > room * degrees[-1]:
         raise PlanError(
             f"a piece of {longest} tokens does not fit: {degrees[-1]} ranks of {room} tokens hold at most "

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from stores import make_store
 
+from longctx.cli import forecast as forecasting
 from longctx.cli.forecast import forecast_text, predict
 from longctx.cli.prepare import run
+from longctx.config.load import load
 from longctx.config.schema import DataConfig
 from longctx.data.outlook import outlook, outlook_text, write_plot
 from parallel.planner.sequence import SequenceCost
@@ -29,6 +31,39 @@ def test_the_text_names_losses_savings_and_few_long_documents():
     assert "warning: 1 of 201 documents (0.50%) reach data.seq_len=64" in few
     assert "of concat-and-chunk at 64 tokens" in few
     assert "warning" not in outlook_text(outlook(np.array([9] * 50 + [65]), DATA), "web")
+
+
+def test_documents_without_a_piece_have_no_attention_share():
+    none = outlook(np.array([5, 8]), DATA)
+    assert none.kept == 0 and none.attention_share is None
+    text = outlook_text(none, "web")
+    assert "no document has a piece; lower data.min_len=8" in text
+    assert "attention work" not in text and "100.0% of the tokens are in no piece" in text
+
+
+@pytest.mark.parametrize("kind", ["natural", "grow-p100", "shrink-linear"])
+def test_the_forecast_plans_the_lengths_of_the_whole_run(tmp_path, monkeypatch, kind):
+    make_store(tmp_path / "docs", [[*range(128), 256]] * 40 + [[*range(16), 256]] * 320)  # halves: 128, 16
+    planned = []
+    monkeypatch.setattr(forecasting, "predict", lambda steps, ranks, cost: planned.extend(steps))
+    settings = {
+        "data.path": tmp_path / "docs",
+        "data.held_out": 0.0,
+        "data.seq_len": 128,
+        "data.min_len": 8,
+        "curriculum.kind": kind,
+        "curriculum.cycles": 3,
+        "train.steps": 100_000,
+        "train.global_batch_tokens": 1024,
+        "train.microbatch_tokens": 512,
+    }
+    asked = load(["recipes/quickstart.yaml"], [f"{key}={value}" for key, value in settings.items()])
+    forecasting.forecast(asked.config, 4)
+    assert all(sum(lengths) == 1024 for lengths in planned)
+    long = [lengths.count(128) * 128 / 1024 for lengths in planned]
+    assert sum(long) / len(long) == pytest.approx(0.5, abs=0.07)
+    if kind == "grow-p100":
+        assert long[0] < 0.1 and long[-1] > 0.9
 
 
 def test_the_plot_is_a_picture_with_a_bar_for_every_class(tmp_path):

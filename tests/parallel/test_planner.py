@@ -85,6 +85,12 @@ def test_no_single_degree_beats_adaptive_groups_in_small_steps(num_ranks, length
         assert plan.time_ms <= alone.time_ms * (1 + 1e-12), degree
 
 
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_piece_of_less_than_one_token_is_named(length):
+    with pytest.raises(PlanError, match=rf"piece 1 counts {length} tokens; every piece has at least 1"):
+        plan_step([10, length, 5], num_ranks=4, cost=make_cost(4))
+
+
 def test_a_piece_longer_than_all_memory_is_named_with_the_longest_that_fits():
     with pytest.raises(
         PlanError, match=r"4001 tokens does not fit: 4 ranks of 1000 tokens hold at most 4000"
