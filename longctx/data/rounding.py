@@ -41,7 +41,8 @@ def draw_mixed(owed: Floats, lengths: Int64s, available: Int64s, budget: int) ->
     """Pieces of every bucket by what it is owed.
 
     Longest first, each bucket gives the whole pieces that it owes; what is left of the budget goes one
-    piece at a time to the bucket that is owed most among those that fit.
+    piece at a time to the bucket that is owed most among those that fit. Where only longer ones may be
+    drawn, one of them takes the place of shorter ones.
 
     Args:
         owed: float64 [b], tokens; adds up to the budget.
@@ -65,6 +66,7 @@ def draw_mixed(owed: Floats, lengths: Int64s, available: Int64s, budget: int) ->
     while rest > 0:
         fitting = [b for b in range(len(left)) if may[b] > 0 and left[b] <= rest]
         if not fitting:
+            _exchange(counts, left, want, may, rest)
             break
         best = max(fitting, key=lambda b: (want[b], left[b], -b))
         count = max(1, min(int(want[best] // left[best]), rest // left[best], may[best]))
@@ -73,6 +75,25 @@ def draw_mixed(owed: Floats, lengths: Int64s, available: Int64s, budget: int) ->
         may[best] -= count
         rest -= count * left[best]
     return np.array(counts, dtype=np.int64)
+
+
+def _exchange(counts: list[int], lengths: list[int], want: list[float], may: list[int], rest: int) -> None:
+    """Fill a rest that is shorter than every piece that may be drawn: a longer piece for shorter ones.
+
+    Longer pieces and the budget are multiples of the longer piece, so what shorter ones give together with
+    the rest is one too: they can give back exactly what is too much.
+    """
+    longer = [b for b, count in enumerate(may) if count > 0]
+    if not longer:
+        return
+    best = min(longer, key=lambda b: (lengths[b], -want[b], b))
+    back = lengths[best] - rest
+    counts[best] += 1
+    shorter = [b for b, length in enumerate(lengths) if length < lengths[best]]
+    for b in sorted(shorter, key=lambda b: (-lengths[b], want[b], b)):
+        count = min(counts[b], back // lengths[b])
+        counts[b] -= count
+        back -= count * lengths[b]
 
 
 def draw_one_class(

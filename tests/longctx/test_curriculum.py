@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from longctx.data.curriculum import Buckets, Curriculum, Wanted
 from longctx.data.rounding import water_fill
 from longctx.data.weights import LossWeights
-from longctx.errors import DataError
+from longctx.errors import DataError, OutOfData
 
 KINDS = [
     "natural",
@@ -226,6 +226,30 @@ def test_a_long_replay_is_that_of_a_short_one_after_weights_change():
     second = drawn(curriculum, 600)
     assert (first[:300] == second[:300]).all()
     assert not (first[300:] == second[300:]).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_step_is_drawn_as_long_as_its_tokens_are_there(data):
+    kinds = st.sampled_from(["natural", "uniform", "grow-p2", "grow-p100", "shrink-linear"])
+    kind = data.draw(kinds)
+    pieces = data.draw(st.lists(st.integers(1, 120), min_size=2, max_size=4))
+    of = buckets(pieces, sources=2, epochs=data.draw(st.integers(1, 2)))
+    budget = LENGTHS[len(pieces) - 1] * data.draw(st.integers(1, 3))
+    whole = int(of.limit @ of.length) // budget
+    curriculum = make(
+        kind,
+        of=of,
+        budget=budget,
+        source_weights=lambda step: (1 + step, 3),
+        source_names=("a", "b"),
+        steps=data.draw(st.integers(1, 80)),
+    )
+    counts = drawn(curriculum, whole)
+    assert (counts @ of.length == budget).all() and (counts >= 0).all()
+    assert (counts.sum(axis=0) <= of.limit).all()
+    with pytest.raises(OutOfData):
+        curriculum.draw(whole)
 
 
 def test_water_fill_keeps_caps_and_totals():
