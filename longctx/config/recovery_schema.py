@@ -24,6 +24,6 @@ class RecoveryConfig:
     hang_s: float = 600.0
     """Seconds without progress of any rank after which the one furthest behind is killed and replaced."""
     connect_s: float = 30.0
-    """Seconds that ranks have to connect to each other when a membership forms."""
+    """Seconds that ranks have to connect when a membership forms, and to let go of a broken one."""
     max_failures: int = 3
     """Losses of one rank in a row without a new step between them; more end the run with exit code 65."""

@@ -26,6 +26,7 @@ class Channel:
         self._assigned: Message | None = None
         self._form: Message | None = None
         self._cut: Callable[[], None] | None = None
+        self._within_s = 0.0
         self._formed_epoch = -1
         self._over = False
         self.epoch = 0
@@ -62,10 +63,14 @@ class Channel:
                     self._formed_epoch = form["epoch"]
                     return form
 
-    def fence_with(self, cut: Callable[[], None] | None) -> None:
-        """Call `cut` from another thread as soon as this epoch ends, again and again until the next call."""
+    def fence_with(self, cut: Callable[[], None] | None, *, within_s: float = 0.0) -> None:
+        """Call `cut` from another thread as soon as this epoch ends, again and again until the next call.
+
+        If that does not come within `within_s` after the end, this process ends, and another takes its
+        place: gloo may wait for ever for a send that it was given in the moment of the cut.
+        """
         with self._news:
-            self._cut = cut
+            self._cut, self._within_s = cut, within_s
 
     @property
     def fenced(self) -> bool:
@@ -124,11 +129,16 @@ class Channel:
 
     def _keep_cutting(self, cut: Callable[[], None]) -> None:
         """Connections that are still being made when the first cut comes are cut by the next."""
+        until = time.monotonic() + self._within_s
         while True:
             with self._news:  # `join` cannot begin in the middle of a cut
                 if self._cut is not cut:
                     return
                 cut()
+                within_s = self._within_s
+            if time.monotonic() > until and self._pulse.phase != "checkpoint":  # which may take its time
+                self.failing(f"it did not let go of a broken membership within {within_s:g} s")
+                os._exit(1)
             time.sleep(CUT_EVERY_S)
 
     def _beat(self) -> None:

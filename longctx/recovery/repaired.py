@@ -85,7 +85,7 @@ class Repaired:
         self._agreement = agree(self._inventories, self._twins(config))
         self.restarted = any(state["attempt"] for state in self._form["ranks"])
         self.pulse("connect")
-        self._channel.fence_with(self._fence.cut)
+        self._channel.fence_with(self._fence.cut, within_s=config.recovery.connect_s)
         if self.rank != 0:
             self._store = self._reach(self._form["ranks"][0]["store_port"], config.recovery.connect_s)
         self._store.set_timeout(timedelta(seconds=config.recovery.connect_s))
