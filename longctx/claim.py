@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import ConfigError, FolderBusy
+from .protocol import STATUS
 
 LOCK = "run.lock"
 TRACES = ("metrics.jsonl", "ckpt")
@@ -70,7 +71,7 @@ def enter(folder: Path, environment: Mapping[str, str]) -> AbstractContextManage
         environment: with torchrun's variables.
 
     Returns:
-        On rank 0 the hold on the folder, which also lasts across exec.
+        On rank 0 the hold on the folder, which also lasts across exec; an earlier run's status file is gone.
 
     Raises:
         FolderBusy: another run is at work there.
@@ -79,7 +80,10 @@ def enter(folder: Path, environment: Mapping[str, str]) -> AbstractContextManage
     job = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"  # no other job has it at the time
     again = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if environment["RANK"] == "0":
-        return claim(folder, job=job, patience_s=PATIENCE_S if again else 0.0)
+        held = claim(folder, job=job, patience_s=PATIENCE_S if again else 0.0)
+        if not again:
+            (folder / STATUS).unlink(missing_ok=True)  # how an earlier run ended
+        return held
     if not again:
         check_idle(folder, job=job)
     return nullcontext()

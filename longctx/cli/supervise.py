@@ -64,7 +64,6 @@ def _replace_this_process(loaded: LoadedConfig, options: Sequence[str]) -> NoRet
 def _check(config: Config, folder: Path, *, first: bool) -> None:
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if first:
-        (folder / STATUS).unlink(missing_ok=True)  # of an earlier run
         check_traces(folder, resume=config.run.resume)
     device = config.run.device
     if device == "auto":  # without torch, which costs a second

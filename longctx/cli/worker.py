@@ -31,8 +31,8 @@ def work(loaded: LoadedConfig, body: Callable[[Config, "World"], int], *, status
     """
     rank = int(os.environ["RANK"])
     standing.answer(status.parent / "logs", rank)
-    if rank == 0:
-        status.unlink(missing_ok=True)  # of an earlier run, or of workers whom torchrun has replaced
+    if rank == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        status.unlink(missing_ok=True)  # what the workers said whom torchrun has replaced
     try:
         code = body(_resolved(loaded), torchrun_world(_device(loaded.config)))
     except (ConfigError, DataError) as problem:

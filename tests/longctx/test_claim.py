@@ -57,6 +57,15 @@ def test_a_dead_process_holds_nothing_and_a_restart_waits_for_its_end(held, tmp_
     check_unused(tmp_path, resume=False)
 
 
+def test_what_an_earlier_run_said_at_its_end_is_forgotten_but_not_by_a_restart(tmp_path):
+    status = tmp_path / "status.json"
+    status.write_text("{}")
+    enter(tmp_path, VARIABLES | {"TORCHELASTIC_RESTART_COUNT": "1"}).__exit__(None, None, None)
+    assert status.exists()
+    with enter(tmp_path, VARIABLES):
+        assert not status.exists()
+
+
 def test_a_used_folder_is_refused_unless_it_is_continued(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"run\.resume=true"):
