@@ -135,6 +135,7 @@ class Attention:
             return heads
 
         def finish(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+            check_scale(options.get("softmax_scale"))
             return self._compute(q, k, v, plan=plan, **options)
 
         return HeadStream(plan.exchange, check, finish)
