@@ -31,12 +31,9 @@ def figures(repeats: int) -> dict[str, Figure]:
         stalls.append(stall)
         backs.append(back)
     note = "survivors' slowest step; they go on without the replica's batch"
-    back = "from the kill until the replica takes part again"
     return {
         "torchft_stall_s": Figure(harness.median(stalls), "s", note),
-        "torchft_back_s": Figure(
-            harness.median(backs), "s", "from the kill until the replica takes part again"
-        ),
+        "torchft_back_s": Figure(harness.median(backs), "s", "from the kill until it takes part again"),
     }
 
 

@@ -117,10 +117,10 @@ def conclude(options: Namespace, results: "list[Result]") -> int:
     if bad:
         print(f"first bad cell: {error}")
     if options.write:
-        options.write.write_text(page(results, where=_machine(), commit=commit()))
+        options.write.write_text(page(results, where=machine(), commit=commit()))
         print(f"wrote {options.write}")
     if options.json:
-        print(json.dumps(summary(results, refused, where=_machine(), commit=commit())), flush=True)
+        print(json.dumps(summary(results, refused, where=machine(), commit=commit())), flush=True)
     code = FAILED if bad else DONE
     write_status(options.folder / "status.json", code, rank=0, error=error and f"self-test: {error}")
     return code
@@ -143,7 +143,8 @@ def _world() -> "World":
     return World(rank=rank, size=size, device=device, store=store, timeout_s=120.0, backend=backend)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What was measured on, for a page."""
     import torch
 
     gpus = torch.cuda.device_count()

@@ -7,6 +7,7 @@ pair of kind and phase, kind and layout, phase and layout occurs: that is the co
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from rehearsal import (
 )
 from tiny import write_corpus
 
+from longctx.cli.selftest import commit, machine
+
 KINDS = ("kill", "exception", "exit", "drop", "stop", "hang")
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "keep")
 TURNS = [
@@ -35,8 +38,9 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Holds the corpus, an undisturbed run of each layout, and the cells of the table."""
+    """Holds the corpus, an undisturbed run of each layout, the cells of the table, and what it measures."""
     base = tmp_path_factory.mktemp("matrix")
+    (base / "measured").write_text(f"Commit {commit()}, {time.strftime('%Y-%m-%d')}, {machine()}.")
     write_corpus(base / "docs")
     (base / "cells").mkdir()
     return base
@@ -89,11 +93,13 @@ def test_the_whole_matrix_is_written_to_its_page(home):
         for phase in PHASES:
             cells = [home / "cells" / f"{layout}.{kind}.{phase}" for layout in LAYOUTS]
             lines.append(f"| {kind}, {phase} | {' | '.join(cell.read_text() for cell in cells)} |")
-    write_table(ROOT / "docs" / "recovery.md", "\n".join(lines))
+    write_table(ROOT / "docs" / "recovery.md", (home / "measured").read_text(), "\n".join(lines))
 
 
-def write_table(page: Path, table: str) -> None:
-    """Replace the page's table of kinds and phases."""
-    text, count = re.subn(r"(?m)^\| kind, phase \|.*\n(?:\|.*\n)*", lambda _: table + "\n", page.read_text())
+def write_table(page: Path, measured: str, table: str) -> None:
+    """Replace the page's table of kinds and phases and the line above it, which says what was measured."""
+    words = f"{measured}\n\n{table}\n"
+    pattern = r"(?m)^Commit .*\n\n\| kind, phase \|.*\n(?:\|.*\n)*"
+    text, count = re.subn(pattern, lambda _: words, page.read_text())
     assert count == 1, f"{page} has {count} tables that begin with 'kind, phase'"
     page.write_text(text)
