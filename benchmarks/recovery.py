@@ -224,7 +224,8 @@ def overhead(base: Path, *, rounds: int, models: Sequence[str]) -> dict[str, Fig
     """Step time with generations every k steps over step time without, in turns."""
     figures = {}
     for name in models:
-        found = run_ranks(_steps, 2, base, name, MODELS[name], rounds, init=False, timeout=900.0)[0]
+        turns = rounds * (4 if name == "tiny" else 1)  # of seconds, in which the scheduler shows
+        found = run_ranks(_steps, 2, base, name, MODELS[name], turns, init=False, timeout=900.0)[0]
         plain, kept = found["off"], {k: found[str(k)] for k in EVERY}
         figures[f"{name}_step_ms"] = Figure(
             1e3 * median(plain), "ms", f"{found['mib']:.1f} MiB of state per rank, 2 ranks"
@@ -252,6 +253,7 @@ def _steps(rank: int, size: int, base: Path, name: str, extra: Sequence[str], ro
     from longctx.recovery.replicate import Memory, Replication
     from longctx.train.schedule import learning_rate
     from longctx.train.step import train_step
+    from parallel import comm
 
     config = make_config(base, f"overhead-{name}", size=size, layout={"dp_shard": size}, extra=(*RUN, *extra))
     world = World(
@@ -271,8 +273,10 @@ def _steps(rank: int, size: int, base: Path, name: str, extra: Sequence[str], ro
             for step in range(BLOCK):
                 run.progress.step = step % 4  # the same batches in every block
                 train_step(run, learning_rate(0, run.config.train))
+                behind = torch.tensor([float(not replication.complete)])  # goes with the step's figures
+                behind = comm.all_reduce(behind, group=run.mesh.group("world"), op="max")
                 if mode != "off" and step % int(mode) == 0:
-                    replication.wait()
+                    assert not behind, "generations take longer than steps: this would measure fewer of them"
                     replication.send(keeper.pack(run, {}))
             replication.wait()
             dist.barrier()

@@ -52,7 +52,7 @@ class Members(Protocol):
         """Steps are computed from here on."""
 
     def behind(self) -> bool:
-        """Whether this rank's last generation is not acknowledged yet."""
+        """Whether this rank still waits for what it keeps of the last generation."""
 
     def keep(self, run: Run, row: Row, *, behind: bool) -> None:
         """Remember the state after a step; `behind` is true if any rank is."""

@@ -156,8 +156,8 @@ class Repaired:
         self._channel.running()
 
     def behind(self) -> bool:
-        """Whether this rank's last generation is not acknowledged yet."""
-        return self._replication is not None and not self._replication.acknowledged
+        """Whether this rank still waits for what it keeps of the last generation."""
+        return self._replication is not None and not self._replication.complete
 
     def keep(self, run: Run, row: Row, *, behind: bool) -> None:
         """Remember the state after a step, every `recovery.every` steps."""

@@ -1,8 +1,8 @@
 """Every rank's newest states in the memory of other ranks, sent while the next step is computed.
 
 A rank sends to `(rank + shift) % size` for every shift and keeps what it receives for as many owners.
-A generation is begun only when the one before it is acknowledged everywhere, so that some complete
-generation of all ranks exists at every moment.
+A generation is begun only when every rank has received what it keeps of the one before, so that some
+complete generation of all ranks exists at every moment.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,6 @@ from parallel.comm import Group, Pending
 
 from .generations import DamagedError, Shelf, Slot, digest_of, seal
 from .placement import Agreement, Inventory
-
-PARTS = 2
-"""Pieces that a generation is sent in."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +57,7 @@ class Replication:
             memory: of this process.
             group: all ranks, over host memory; nothing else communicates through it.
             shifts: of `placement.shifts`; empty: generations stay in this process.
-            strike: called between the parts of a generation, with its step.
+            strike: called between the halves of a generation, with its step.
         """
         self._memory, self._group, self._strike = memory, group, strike
         rank, size = group.rank, group.size
@@ -73,11 +70,11 @@ class Replication:
         """Generations that were left out because the one before was still on its way."""
 
     @property
-    def acknowledged(self) -> bool:
-        """Whether this rank's part of the last generation is complete.
+    def complete(self) -> bool:
+        """Whether this rank has received what it keeps of the last generation.
 
         Raises:
-            PeerLost: it failed.
+            PeerLost: it cannot.
         """
         if self._last is None:
             return True
@@ -87,7 +84,10 @@ class Replication:
         return False
 
     def send(self, slot: Slot) -> None:
-        """Start to send a generation; the last one must be acknowledged everywhere."""
+        """Start to send a generation; every rank must have said that the last one is complete.
+
+        Until then what was sent of it may be on its way, and gloo forgets a send whose handle is dropped.
+        """
         self._leaving.clear()
         self._last = self._thread.submit(self._send_generation, slot, self._holders, self._owners)
 
@@ -125,7 +125,7 @@ class Replication:
         self._transfer(sends, receives, strike=None)
 
     def wait(self) -> None:
-        """Return when the last generation is acknowledged."""
+        """Return when this rank has received what it keeps of the last generation."""
         if self._last is not None:
             self._last.result()
 
@@ -139,9 +139,6 @@ class Replication:
         receives = [(owner, self._memory.held.setdefault(owner, Shelf()).oldest()) for owner in owners]
         strike = None if self._strike is None or step is None else self._strike
         self._transfer([(holder, slot) for holder in holders], receives, strike=strike)
-        ok = torch.ones(1, dtype=torch.int64)
-        answers = [torch.zeros(1, dtype=torch.int64) for _ in holders]
-        self._swap([(owner, ok) for owner in owners], list(zip(holders, answers, strict=True)))
 
     def _transfer(
         self,
@@ -152,33 +149,34 @@ class Replication:
     ) -> None:
         headers = [torch.tensor([s.step, s.used, s.digest], dtype=torch.int64) for _, s in sends]
         coming = [torch.zeros(3, dtype=torch.int64) for _ in receives]
-        self._swap(
-            [(rank, header) for (rank, _), header in zip(sends, headers, strict=True)],
-            [(rank, header) for (rank, _), header in zip(receives, coming, strict=True)],
-        )
+        self._post([(rank, header) for (rank, _), header in zip(sends, headers, strict=True)])
+        self._post([(rank, _half(slot.bytes(), 0)) for rank, slot in sends])
+        self._take([(rank, header) for (rank, _), header in zip(receives, coming, strict=True)])
         targets = [slot.reserve(int(h[1])) for (_, slot), h in zip(receives, coming, strict=True)]
-        for part in range(PARTS):
-            self._swap(
-                [(rank, _part(slot.bytes(), part)) for rank, slot in sends],
-                [(rank, _part(t, part)) for (rank, _), t in zip(receives, targets, strict=True)],
-            )
-            if strike is not None and part == 0 and sends:
-                strike(int(headers[0][0]))
+        self._take([(rank, _half(target, 0)) for (rank, _), target in zip(receives, targets, strict=True)])
+        if strike is not None and sends:
+            strike(int(headers[0][0]))
+        self._post([(rank, _half(slot.bytes(), 1)) for rank, slot in sends])
+        self._take([(rank, _half(target, 1)) for (rank, _), target in zip(receives, targets, strict=True)])
         for (rank, slot), header in zip(receives, coming, strict=True):
             step, _, digest = header.tolist()
             if digest_of(slot.bytes()) != digest:
                 raise DamagedError(f"the state of step {step} from rank {rank} arrived damaged")
             slot.digest, slot.step = digest, step
 
-    def _swap(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> None:
+    def _post(self, sends: list[tuple[int, Tensor]]) -> None:
+        """Send without waiting: what is received last says that all has arrived.
+
+        A send that gloo is given in the moment in which a connection breaks ends at its timeout alone.
+        """
         sends = [(rank, tensor) for rank, tensor in sends if tensor.numel()]
-        receives = [(rank, tensor) for rank, tensor in receives if tensor.numel()]
-        # Only what is received is waited for, and the last thing received says that all has arrived. A send
-        # that gloo is given in the moment in which a connection breaks ends at its timeout alone.
         self._leaving.append(comm.exchange(sends, [], self._group, kind="replicate"))
+
+    def _take(self, receives: list[tuple[int, Tensor]]) -> None:
+        receives = [(rank, tensor) for rank, tensor in receives if tensor.numel()]
         comm.exchange([], receives, self._group, kind="replicate").wait()
 
 
-def _part(data: Tensor, part: int) -> Tensor:
-    half = -(-data.numel() // PARTS)
-    return data[part * half : (part + 1) * half]
+def _half(data: Tensor, which: int) -> Tensor:
+    middle = -(-data.numel() // 2)
+    return data[middle:] if which else data[:middle]
