@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .lines import Message
-from .protocol import DONE, FAILED, NO_PROGRESS
+from .protocol import DONE, FAILED, NO_PROGRESS, REQUEUE
 
 BROKEN_GRACE_S = 0.05
 """A rank's death breaks its peers' connections, whose word may come first; one epoch for both."""
@@ -117,7 +117,8 @@ class Membership:
 
     def _on_running(self, message: Message, now: float) -> list[Message]:
         """A rank's first state is in its peers' memory; from then on nothing begins anew."""
-        self._begun.add(message["rank"])
+        if message["epoch"] == self.epoch:
+            self._begun.add(message["rank"])
         return []
 
     def _on_lost(self, message: Message, now: float) -> list[Message]:
@@ -163,6 +164,8 @@ class Membership:
         self.formed, self._broken = False, None
         self._joined.clear()
         self._ended.clear()
+        if self._bad_end and self._bad_end[1]["exit_code"] == REQUEUE:  # who was stopped says it again
+            self._bad_end = None
         if len(self._begun) < self.size:
             self._begun.clear()
         self._progress.clear()

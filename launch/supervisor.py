@@ -87,7 +87,7 @@ class Supervisor:
             self._heard = time.monotonic()
             self._selector.register(self._control, selectors.EVENT_READ, self._on_control)
             for local in range(self._place.local_size):
-                self._assign(self._start(), self._place.first_rank + local)
+                self._assign(self._start(), self._place.first_rank + local, replaces=False)
             verdict = self._loop()
         except ClosedError as error:
             verdict = self._gone(str(error))
@@ -129,12 +129,12 @@ class Supervisor:
         self._selector.register(trainer.lines, selectors.EVENT_READ, lambda: self._on_trainer(trainer))
         return trainer
 
-    def _assign(self, trainer: Trainer, rank: int) -> None:
+    def _assign(self, trainer: Trainer, rank: int, *, replaces: bool) -> None:
         place = self._place
         trainer.rank, trainer.heard = rank, time.monotonic()
         message = {"kind": "assign", "rank": rank, "local_rank": rank - place.first_rank}
         message |= {"size": place.size, "local_size": place.local_size, "node": place.node}
-        message |= {"attempt": place.attempt, "epoch": self._epoch}
+        message |= {"attempt": place.attempt, "epoch": self._epoch, "replaces": replaces}
         trainer.lines.send(message)
 
     def _reap(self) -> None:
@@ -160,7 +160,7 @@ class Supervisor:
         self._control.send(loss | {"warm": bool(spare and spare.warm)})
         successor = "a spare" if spare else "a new process"
         say(f"rank {trainer.rank} {loss['how']}; {successor} takes its place")
-        self._assign(spare or self._start(), trainer.rank)
+        self._assign(spare or self._start(), trainer.rank, replaces=True)
 
     def _watch(self, now: float) -> None:
         self._reap()

@@ -91,6 +91,8 @@ def load(path: Where, run: Run) -> None:
     run.progress.skip(state.get("skipped", []))
     if run.mixture is not None:
         run.mixture.restore(state.get("mixture", {}))
+    if "watch" in state:
+        run.watch.restore(state["watch"])
     for slots in run.optimizer.state.values():
         slots["step"].fill_(state["optimizer_step"])
     set_rng(state["rng"], run)

@@ -113,9 +113,17 @@ class Saver:
         Raises:
             CheckpointError: it has not (on every rank).
         """
-        job, self._job = self._job, None
+        job = self._job
         if job is None:
             return
+        try:
+            self._await(job)
+        except CheckpointError:
+            self._job = None
+            raise
+        self._job = None  # not where a rank is lost meanwhile: the threads are still there, see `abandon`
+
+    def _await(self, job: _Job) -> None:
         with self._cleaned_up(job.where):
             try:
                 with together(self._run, f"writing tensors to {job.where.where}"):
@@ -143,16 +151,24 @@ class Saver:
                 for path in list_checkpoints(self._folder.where):
                     if step_at(path) > after:
                         remove(path)
-        kept = list_checkpoints(self._folder.where)
-        return kept[-1] if kept else None
+        return self.newest()
+
+    def newest(self) -> Where | None:
+        """The newest checkpoint, as rank 0 sees it."""
+        found = list_checkpoints(self._folder.where) if self._run.world.rank == 0 else []
+        told = str(found[-1]) if found else None
+        newest: str | None = comm.broadcast_json(told, src=0, group=self._run.mesh.group("world"))
+        return newest
 
     def abandon(self) -> None:
         """Give up a save whose ranks are not all there any more; it may still complete."""
         if self._job is not None:
+            pulse = self._run.pulse
+            phase, pulse.phase = pulse.phase, "checkpoint"  # which may take its time
             self._job.cancelled.set()
             self._job.written.exception()  # nobody writes to its files after this
             self._job.committed.exception()
-            self._job = None
+            self._job, pulse.phase = None, phase
 
     def _cleaned_up(self, where: Folder) -> "_CleanedUp":
         return _CleanedUp(self._run, where, self._folder)
@@ -204,6 +220,7 @@ class Saver:
             "tokens": run.progress.tokens,
             "skipped": run.progress.skipped,
             "spikes": run.progress.spikes,
+            "watch": run.watch.state(),
             "optimizer_step": run.progress.step,
             "mixture": run.mixture.state() if run.mixture else {},
         }

@@ -31,12 +31,16 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(loaded.config.run.dir)
     plan = folder / FOLDER / PLAN
     if under_torchrun():
-        _check(loaded, int(os.environ["WORLD_SIZE"]))
+        size = int(os.environ["WORLD_SIZE"])
+        _check(loaded, size)
         _confirm(options)
+        if options.strike or options.random:  # otherwise the plan is there already
+            _plan_once(loaded, options, plan, size)
         become_supervisor(loaded, ["--faults", str(plan)])
     check_unused(folder, resume=loaded.config.run.resume)
-    _check(loaded, choose_local(loaded.config).processes)
-    _write_plan(loaded, options, plan)
+    size = choose_local(loaded.config).processes
+    _check(loaded, size)
+    _write_plan(loaded, options, plan, size)
     launch = launcher("chaos", loaded, folder=folder, options=["--yes"])
     code = _run([sys.executable, "-m", "launch", *launch])
     found = report(folder)
@@ -85,10 +89,16 @@ def _text(found: dict[str, Any]) -> str:
     )
 
 
-def _write_plan(loaded: LoadedConfig, options: argparse.Namespace, path: Path) -> None:
+def _plan_once(loaded: LoadedConfig, options: argparse.Namespace, path: Path, size: int) -> None:
+    """On rank 0, before there is a supervisor; a restart by torchrun goes on with the plan."""
+    if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        check_unused(path.parents[1], resume=loaded.config.run.resume)
+        _write_plan(loaded, options, path, size)
+
+
+def _write_plan(loaded: LoadedConfig, options: argparse.Namespace, path: Path, size: int) -> None:
     from ..recovery.faults import Fault, write_plan
 
-    size = choose_local(loaded.config).processes
     steps = loaded.config.train.steps
     if not 0 <= options.random < steps or options.spread_s < 0:
         raise ConfigError(

@@ -1,4 +1,6 @@
-"""One trainer: `python -m longctx.cli.rank DESCRIPTOR [--faults PLAN] FILE ... key=value ...`.
+"""One trainer: `python -m longctx.cli.rank DESCRIPTOR --given FILE [--faults PLAN] FILE ... key=value ...`.
+
+What the user wrote is there to be read by people (`cmd.txt`); the values come from the file that was given.
 
 The node's supervisor starts it as a spare, with one end of a socket, and gives it a rank when there
 is one to take.
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     pulse = Pulse()
     channel = Channel(int(descriptor), pulse)
     arguments = parse(_parser(), words)
-    config = load(arguments.files, arguments.overrides).config
+    config = load([arguments.options.given]).config
     _import_everything()
     channel.warm()
     from ..recovery.faults import Faults
@@ -72,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="longctx.cli.rank", allow_abbrev=False)
+    parser.add_argument("--given", required=True, help="file with every value")
     parser.add_argument("--faults", default="", help="plan of a rehearsal")
     return parser
 

@@ -11,7 +11,9 @@ from ..claim import check_traces, enter
 from ..config.check import check_replicas, resolve
 from ..config.load import LoadedConfig
 from ..config.schema import Config
+from ..config.show import to_yaml
 from ..errors import ConfigError
+from ..files import write_text
 from ..protocol import BAD_INPUT, STATUS, write_status
 from .machine import visible_gpus
 
@@ -42,7 +44,18 @@ def become_supervisor(loaded: LoadedConfig, options: Sequence[str] = ()) -> NoRe
             if write_status(folder / STATUS, BAD_INPUT, rank=rank, error=str(problem)):
                 print(f"error: {problem}", file=sys.stderr, flush=True)
             sys.exit(BAD_INPUT)
-        _replace_this_process(loaded, options)
+        _replace_this_process(loaded, [*options, f"--given={_give(config, folder)}"])
+
+
+def _give(config: Config, folder: Path) -> Path:
+    """What this attempt's trainers on this node read: one that starts later must not see an edited recipe."""
+    path = folder / "logs" / f"given.{os.environ['GROUP_RANK']}.yaml"
+    try:
+        if os.environ["LOCAL_RANK"] == "0":
+            write_text(path, to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder}: nothing can be written there: {error.strerror}") from error
+    return path
 
 
 def _replace_this_process(loaded: LoadedConfig, options: Sequence[str]) -> NoReturn:

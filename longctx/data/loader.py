@@ -110,6 +110,12 @@ class StepLoader:
         """Metrics about how the last `step` was planned."""
         return {}
 
+    def forget(self) -> None:
+        """Drop what was read ahead, and return when nothing is being read: what is drawn from may change."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not ahead[1].cancel():
+            ahead[1].exception()
+
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -92,6 +92,16 @@ class PlannedLoader(StepLoader):
         """Groups per microbatch and predicted time of the last `step`."""
         return {} if self.plan is None else plan_figures(self.plan)
 
+    def forget(self) -> None:
+        """Drop what was planned and read ahead, once neither is under way; see `StepLoader.forget`."""
+        planned, self._planned = self._planned, None
+        received, self._received = self._received, None
+        futures: list[Future[Any]] = [planned[1]] if planned else []
+        futures += [received[2]] if received and len(received) == 3 else []
+        for future in futures:
+            if not future.cancel():
+                future.exception()
+
     def close(self) -> None:
         """Stop the threads."""
         self._reader.shutdown(wait=True, cancel_futures=True)

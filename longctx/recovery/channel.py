@@ -71,6 +71,8 @@ class Channel:
         """
         with self._news:
             self._cut, self._within_s = cut, within_s
+            if self.fenced and self._formed_epoch >= 0:  # it has ended already
+                self._start_cutting()
 
     @property
     def fenced(self) -> bool:
@@ -122,10 +124,12 @@ class Channel:
                 self._over = True
             elif message["kind"] == "fence" and message["epoch"] > self.epoch:
                 self.epoch = message["epoch"]
-                if self._cut is not None:
-                    worker = threading.Thread(target=self._keep_cutting, args=(self._cut,), daemon=True)
-                    worker.start()
+                self._start_cutting()
             self._news.notify_all()
+
+    def _start_cutting(self) -> None:
+        if self._cut is not None:
+            threading.Thread(target=self._keep_cutting, args=(self._cut,), daemon=True).start()
 
     def _keep_cutting(self, cut: Callable[[], None]) -> None:
         """Connections that are still being made when the first cut comes are cut by the next."""
@@ -136,7 +140,9 @@ class Channel:
                     return
                 cut()
                 within_s = self._within_s
-            if time.monotonic() > until and self._pulse.phase != "checkpoint":  # which may take its time
+            if self._pulse.phase == "checkpoint":  # which may take its time
+                until = time.monotonic() + within_s
+            elif time.monotonic() > until:
                 self.failing(f"it did not let go of a broken membership within {within_s:g} s")
                 os._exit(1)
             time.sleep(CUT_EVERY_S)

@@ -70,6 +70,7 @@ class Keeper:
         if len(steps) < 1 + further:
             raise DamagedError("no earlier state is in memory")
         step, spikes = steps[-1 - further], run.progress.spikes
+        run.loader.forget()
         self._shelf.drop_after(step)
         self.restore(run, step)
         run.progress.spikes = spikes

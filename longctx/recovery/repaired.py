@@ -51,15 +51,15 @@ class Place:
     """Index of the node."""
     attempt: int
     """How often torchrun has started the job before."""
-    epoch: int
-    """Membership at the time; above 0: this process replaces another."""
+    replaces: bool
+    """Whether this process takes the place of a lost one."""
 
 
 class Repaired:
     """Worlds that follow each other; a lost rank's state comes from a peer's memory."""
 
     def __init__(self, channel: Channel, pulse: Pulse, place: Place, memory: Memory) -> None:
-        self.pulse, self.rank, self.replaces = pulse, place.rank, place.epoch > 0
+        self.pulse, self.rank, self.replaces = pulse, place.rank, place.replaces
         self.restarted = False
         self._channel, self._place = channel, place
         self._memory, self._fence = memory, Fence()
@@ -240,6 +240,7 @@ class Repaired:
                 f"the state of ranks {gone} is in no peer's memory, and there is no checkpoint to go back "
                 "to; raise recovery.replicas or set checkpoint.every, and start again with a new run.dir"
             )
+        self._memory.forget()  # newer states of some ranks would be taken for those of all
         event = self._figures(time.time(), run.progress.step) | {"checkpoint": str(found)}
         if self.rank == 0:
             print(f"the state of ranks {gone} is in no memory; going back to checkpoint {found}", flush=True)

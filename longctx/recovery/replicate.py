@@ -34,6 +34,11 @@ class Memory:
         held = {str(owner): shelf.steps() for owner, shelf in self.held.items()}
         return {"own": self.own.steps(), "held": held}
 
+    def forget(self) -> None:
+        """Drop all generations; their room stays."""
+        for shelf in (self.own, *self.held.values()):
+            shelf.drop_after(-1)
+
     def num_bytes(self) -> int:
         """Host memory in use."""
         shelves = [self.own, *self.held.values()]

@@ -33,7 +33,8 @@ def answer(run: Run, spike: LossSpike, members: Members, folder: RunFolder) -> b
     skipped, further = [batch], False
     if config.on_spike == "rewind":
         # The batch before was left out at this very step, and this one is no better: the weights are hurt.
-        further = bool(progress.skipped) and progress.skipped[-1] == batch - 1 and members.older(run)
+        answered = set(progress.skipped) - set(config.skip_batches)
+        further = batch - 1 in answered and members.older(run)
         members.go_back(run, further=further)
         if further:
             skipped = list(range(progress.batch(), batch + 1))

@@ -54,6 +54,7 @@ class Outlets:
     sinks: list[Sink] | None = None
     goodput: Goodput | None = None
     peak: float | None = None
+    stepping: bool = False
     last: Row = field(default_factory=dict)
 
     def close(self) -> None:
@@ -140,12 +141,16 @@ def _abandon(run: Run | None, session: Session | None, members: Members) -> None
 
 def _open(run: Run, members: Members, out: Outlets) -> Session:
     """Restore or resume, open the sinks, say what is about to happen."""
+    out.peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
     restored = members.restore(run)
     resumes = restored is None and (run.config.run.resume or members.restarted)
     found = _resumed(run, members, out) if resumes else None
     if restored is None and found is None and run.config.checkpoint.init_from:
         begin(run, run.config.checkpoint.init_from)
-    session = Session(run=run, out=out, members=members, saves=Saves(run, out.folder, found=found))
+    saves = Saves(run, out.folder, found=found)
+    session = Session(run=run, out=out, members=members, saves=saves)
+    if restored is not None:
+        saves.look()
     if restored is None:
         _introduce(session, found)
     elif out.sinks is None:
@@ -174,7 +179,6 @@ def _introduce(session: Session, found: Path | str | None) -> None:
     out.folder.resolved(run.config)
     if run.config.eval.every_tokens:
         check_evaluation(run, open_data(run.config.data))
-    out.peak = throughput.peak_flops(run.world.device, throughput.dtype_of(run))
     if run.world.rank == 0:
         print(opening(run, found, throughput.estimate_seconds(run, out.peak)), flush=True)
     out.folder.event("start", step=run.progress.step, resumed_from=found and str(found))
@@ -224,6 +228,9 @@ def _steps(session: Session) -> int:
             row |= evaluate(run)
         if _due(config.eval.every_tokens, run.progress.tokens, result.tokens):
             row |= _by_position(session)
+        if not out.stepping:
+            out.stepping = True
+            out.folder.event("stepping", step=done)
         session.members.keep(run, row, behind=behind)
         _finish_step(session, row, stops=result.stops > 0)
         if result.stops:

@@ -41,9 +41,9 @@ class RunFolder:
             write_text(self.path / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
 
     def has_steps(self) -> bool:
-        """Whether a step has been committed here."""
-        path = self.path / METRICS
-        return path.exists() and path.stat().st_size > 0
+        """Whether a step has been done here; its line may wait for `metrics.log_every`."""
+        path = self.path / EVENTS
+        return path.exists() and '"kind": "stepping"' in path.read_text()
 
     def last_row(self) -> dict[str, Any]:
         """Metrics of the last step that was written; empty if there is none."""

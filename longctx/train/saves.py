@@ -49,6 +49,10 @@ class Saves:
         self.newest = found
         """Path of the newest checkpoint."""
 
+    def look(self) -> None:
+        """Find the newest checkpoint after a recovery."""
+        self.newest = self._saver.newest()
+
     @property
     def measured_s(self) -> float:
         """Rank 0: seconds of the newest save that counts; 0: none yet, or another rank."""

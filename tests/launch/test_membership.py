@@ -131,6 +131,25 @@ def test_a_stop_of_all_ranks_is_a_requeue():
     assert verdict["exit_code"] == REQUEUE
 
 
+def test_a_stop_that_a_loss_comes_between_does_not_end_the_recovered_run():
+    members = Membership(size=2)
+    join_all(members, 0)
+    members.handle({"kind": "ended", "rank": 0, "exit_code": REQUEUE}, 1.0)
+    members.handle(lost(1), 1.1)
+    join_all(members, 1, now=1.2)
+    assert members.tick(2.0 + ENDED_GRACE_S) == []
+
+
+def test_a_word_of_an_epoch_that_is_over_does_not_say_that_the_run_has_begun():
+    members = Membership(size=2)
+    join_all(members, 0)
+    members.handle(lost(1), 1.1)
+    for rank in (0, 1):
+        members.handle({"kind": "running", "rank": rank, "epoch": 0}, 1.2)
+    (form,) = join_all(members, 1)
+    assert form["first"]
+
+
 def test_without_progress_the_rank_furthest_behind_is_killed():
     members = Membership(size=3, limits=Limits(hang_s=10.0))
     join_all(members, 0)

@@ -59,6 +59,27 @@ def test_groups_together_hold_the_step_and_have_equal_counts(store, step, num_gr
         assert tokens_of(batch for share in shares for batch in share) == tokens_of(alone.step(step))
 
 
+class Moved:
+    """The packs of later steps."""
+
+    def __init__(self, packs):
+        self._packs, self.by = packs, 0
+
+    def packs(self, step):
+        return self._packs.packs(step + self.by)
+
+
+def test_what_was_read_ahead_is_read_anew_once_it_is_forgotten(store):
+    with StepLoader(store, packs_of(store)) as loader:
+        expected = tokens_of(loader.step(8))
+    packs = Moved(packs_of(store))
+    with StepLoader(store, packs) as loader:
+        loader.step(0)
+        loader.forget()
+        packs.by = 7
+        assert tokens_of(loader.step(1)) == expected
+
+
 def test_steps_in_any_order_are_the_steps_in_order(store):
     with StepLoader(store, packs_of(store)) as loader:
         ordered = [tokens_of(loader.step(step)) for step in range(6)]

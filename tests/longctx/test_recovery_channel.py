@@ -20,16 +20,49 @@ time.sleep(4)
 channel.fence_with(None)
 """
 
+LATE = """
+import sys, time
+from longctx.pulse import Pulse
+from longctx.recovery.channel import Channel
+channel = Channel(int(sys.argv[1]), Pulse())
+channel.warm()
+channel.join(None)
+while not channel.fenced:
+    time.sleep(0.01)
+channel.fence_with(lambda: None, within_s=0.5)
+time.sleep(4)
+"""
 
-@pytest.mark.parametrize(("phase", "code"), [("backward", 1), ("checkpoint", 0)])
-def test_a_rank_that_is_stuck_after_the_fence_ends_unless_it_saves(phase, code):
+
+def start(script, *arguments):
+    """The process, and the supervisor's end of its channel."""
     ours, theirs = socket.socketpair()
     descriptor = theirs.fileno()
-    stuck = subprocess.Popen([sys.executable, "-c", STUCK, str(descriptor), phase], pass_fds=[descriptor])
+    words = [sys.executable, "-c", script, str(descriptor), *arguments]
+    process = subprocess.Popen(words, pass_fds=[descriptor])
     theirs.close()
     lines = ours.makefile()
     assert json.loads(lines.readline())["kind"] == "warm"
-    ours.sendall(json.dumps({"kind": "fence", "epoch": 1}).encode() + b"\n")
+    return process, ours, lines
+
+
+def tell(ours, **message):
+    ours.sendall(json.dumps(message).encode() + b"\n")
+
+
+@pytest.mark.parametrize(("phase", "code"), [("backward", 1), ("checkpoint", 0)])
+def test_a_rank_that_is_stuck_after_the_fence_ends_unless_it_saves(phase, code):
+    stuck, ours, lines = start(STUCK, phase)
+    tell(ours, kind="fence", epoch=1)
     said = [json.loads(line) for line in lines]  # until it has ended
     assert stuck.wait() == code
     assert any("did not let go" in each.get("error", "") for each in said) == bool(code)
+
+
+def test_an_end_that_comes_before_the_rank_can_let_go_is_not_lost():
+    late, ours, lines = start(LATE)
+    tell(ours, kind="form", epoch=0)
+    tell(ours, kind="fence", epoch=1)
+    said = [json.loads(line) for line in lines]
+    assert late.wait() == 1
+    assert "did not let go" in said[-1]["error"]

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from longctx.recovery.generations import DamagedError, Shelf, Slot
+from longctx.recovery.generations import DamagedError, Shelf, Slot, seal
 from longctx.recovery.placement import Inventory, agree
 from longctx.recovery.replicate import Memory, Replication
 from parallel import comm
@@ -89,3 +89,12 @@ def test_lost_states_come_from_their_holders(lost):
 def test_a_state_that_changed_in_memory_is_not_taken():
     found = run_ranks(_fetches, SIZE, {1}, 0)
     assert found[1] == f"the state of step {LAST} from rank 0 arrived damaged"
+
+
+def test_what_is_forgotten_is_nobodys_state():
+    memory = Memory()
+    for step in (7, 8):
+        seal(write(memory, 0, step))
+    assert memory.inventory() == {"own": [7, 8], "held": {}}
+    memory.forget()
+    assert memory.inventory() == {"own": [], "held": {}}
