@@ -50,14 +50,14 @@ def hashes(run) -> dict[str, str]:
 def train_behind_a_save(rank: int, size: int, base) -> tuple[bool, bool, int]:
     run = open_run(base, "behind", rank, size)
     train_step(run, 1e-3)
-    before = hashes(run)
+    before, seen = hashes(run), run.watch.state()
     saver = checkpoint.Saver(run)
     path = saver.save(background=True)
     train_step(run, 1e-3)
     after = hashes(run)
     saver.wait()
     checkpoint.load(path, run)
-    same = hashes(run) == before != after
+    same = hashes(run) == before != after and run.watch.state() == seen != []
     run.close()
     return same, run.progress.step == 1, len(checkpoint.list_checkpoints(base / "behind" / "ckpt"))
 

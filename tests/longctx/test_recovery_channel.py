@@ -27,6 +27,7 @@ from longctx.recovery.channel import Channel
 channel = Channel(int(sys.argv[1]), Pulse())
 channel.warm()
 channel.join(None)
+channel.running()
 while not channel.fenced:
     time.sleep(0.01)
 channel.fence_with(lambda: None, within_s=0.5)
@@ -62,6 +63,7 @@ def test_a_rank_that_is_stuck_after_the_fence_ends_unless_it_saves(phase, code):
 def test_an_end_that_comes_before_the_rank_can_let_go_is_not_lost():
     late, ours, lines = start(LATE)
     tell(ours, kind="form", epoch=0)
+    assert [json.loads(lines.readline())["kind"] for _ in range(2)] == ["joined", "running"]
     tell(ours, kind="fence", epoch=1)
     said = [json.loads(line) for line in lines]
     assert late.wait() == 1
