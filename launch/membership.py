@@ -19,6 +19,8 @@ SILENCE_S = 30.0
 """After which a supervisor counts as gone though its connection stands: it was stopped, or hangs."""
 ASLEEP_S = 2.0
 """A watcher that has not looked for longer was itself stopped, or starved, and judges nobody by that time."""
+JOIN_S = 300.0
+"""What the last rank of a membership has to import torch and join it, or longer: `Limits.hang_s`."""
 ENDED_GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has ended badly."""
 
@@ -86,13 +88,16 @@ class Membership:
         silent = [hello for heard, hello in self._nodes.values() if now - heard > SILENCE_S]
         if silent:
             return self._without(silent[0], "the supervisor of node {} has been silent for too long")
-        if self.formed and self._progress and now - self._progress_at > self.limits.hang_s:
-            return self._kill_slowest(now)
-        return []
+        idle = now - self._progress_at
+        if not self.formed and idle > max(JOIN_S, self.limits.hang_s):
+            return self._kill_missing(now, idle)
+        return self._kill_slowest(now) if self.formed and idle > self.limits.hang_s else []
 
     def _wake(self, now: float) -> None:
         asleep = 0.0 if self._ticked is None else now - self._ticked
         self._ticked = now
+        if not self._progress_at:
+            self._progress_at = now
         if asleep > ASLEEP_S:
             self._progress_at += asleep
             self._nodes = {node: (heard + asleep, hello) for node, (heard, hello) in self._nodes.items()}
@@ -107,10 +112,10 @@ class Membership:
     def _on_joined(self, message: Message, now: float) -> list[Message]:
         if message["epoch"] != self.epoch or self.formed:
             return [self._fence()] if message["epoch"] < self.epoch else []
-        self._joined[message["rank"]] = message
+        self._joined[message["rank"]], self._progress_at = message, now
         if len(self._joined) < self.size:
             return []
-        self.formed, self._progress_at, first = True, now, len(self._begun) < self.size
+        self.formed, first = True, len(self._begun) < self.size
         lost, self._lost = self._lost, []
         ranks = [self._joined[rank].get("state") for rank in range(self.size)]
         return [{"kind": "form", "epoch": self.epoch, "first": first, "lost": lost, "ranks": ranks}]
@@ -130,6 +135,9 @@ class Membership:
         return []
 
     def _on_ended(self, message: Message, now: float) -> list[Message]:
+        good = message["exit_code"] in (DONE, REQUEUE)
+        if good and message.get("epoch", self.epoch) != self.epoch:  # it joins again, and ends again
+            return []
         self._ended[message["rank"]] = message
         if message["exit_code"] != DONE and self._bad_end is None:
             self._bad_end = (now + ENDED_GRACE_S, message)
@@ -140,6 +148,8 @@ class Membership:
     def _on_beats(self, message: Message, now: float) -> list[Message]:
         self._nodes[message["node"]] = now, message
         for rank, step, progress in message["ranks"]:
+            if step < 0 and len(self._begun) < self.size:  # what comes before the first step may take hours
+                continue
             if self._progress.get(rank) != (step, progress):
                 self._progress[rank] = (step, progress)
                 self._progress_at = now
@@ -161,7 +171,7 @@ class Membership:
         if problem:
             return self._verdict({"exit_code": NO_PROGRESS, "rank": loss["rank"], "error": problem})
         self.epoch += 1
-        self.formed, self._broken = False, None
+        self.formed, self._broken, self._progress_at = False, None, now
         self._joined.clear()
         self._ended.clear()
         if self._bad_end and self._bad_end[1]["exit_code"] == REQUEUE:  # who was stopped says it again
@@ -188,7 +198,15 @@ class Membership:
     def _fence(self) -> Message:
         return {"kind": "fence", "epoch": self.epoch}
 
+    def _kill_missing(self, now: float, idle: float) -> list[Message]:
+        rank = min(set(range(self.size)) - set(self._joined))
+        self._progress_at = now
+        why = f"it has not joined the others for {idle:.0f} s"
+        return [{"kind": "kill", "rank": rank, "step": -1, "why": why}]
+
     def _kill_slowest(self, now: float) -> list[Message]:
+        if not self._progress:
+            return []
         rank, (step, _) = min(self._progress.items(), key=lambda item: (item[1], item[0]))
         self._progress_at = now
         why = f"no rank has made progress for {self.limits.hang_s:g} s and rank {rank} is furthest behind"

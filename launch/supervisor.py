@@ -175,7 +175,7 @@ class Supervisor:
             silent = now - trainer.heard
             if trainer.rank is not None and not trainer.ended and silent > limit and not trainer.killed:
                 self._kill(trainer, f"was silent for {silent:.1f} s (recovery.heartbeat_s={limit:g})")
-        ranks = [[t.rank, *t.beat] for t in self._trainers if t.rank is not None and t.beat[0] >= 0]
+        ranks = [[t.rank, *t.beat] for t in self._trainers if t.rank is not None]
         self._control.send({"kind": "beats", "ranks": ranks} | self._node())
         if now - self._heard > SILENCE_S:
             self._verdict = self._gone(

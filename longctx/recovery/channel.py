@@ -71,13 +71,13 @@ class Channel:
         """
         with self._news:
             self._cut, self._within_s = cut, within_s
-            if self.fenced and self._formed_epoch >= 0:  # it has ended already
+            if self.fenced:  # already
                 self._start_cutting()
 
     @property
     def fenced(self) -> bool:
-        """Whether the epoch that has formed here has ended."""
-        return self.epoch > self._formed_epoch
+        """Whether the epoch that has formed here has ended; false if none has."""
+        return self.epoch > self._formed_epoch >= 0
 
     def broken(self, error: BaseException) -> None:
         """A connection failed; wait until the others know and this epoch ends."""
@@ -100,7 +100,7 @@ class Channel:
         Returns:
             Whether the job is over; if not, a rank was lost meanwhile and this one joins again.
         """
-        self._lines.send(kind="ended", exit_code=exit_code, error=error)
+        self._lines.send(kind="ended", epoch=self._formed_epoch, exit_code=exit_code, error=error)
         with self._news:
             self._news.wait_for(lambda: self._over or self.fenced)
             return self._over

@@ -13,6 +13,11 @@ def join_all(members, epoch, *, now=0.0, ranks=None):
     return out
 
 
+def ticks(members, first, last):
+    """What is said from one second to another."""
+    return [message for now in range(first, last + 1) for message in members.tick(float(now))]
+
+
 def lost(rank, how="died, killed by SIGKILL"):
     return {"kind": "lost", "rank": rank, "how": how, "at": 1.0, "warm": True}
 
@@ -148,6 +153,41 @@ def test_a_word_of_an_epoch_that_is_over_does_not_say_that_the_run_has_begun():
         members.handle({"kind": "running", "rank": rank, "epoch": 0}, 1.2)
     (form,) = join_all(members, 1)
     assert form["first"]
+
+
+def test_an_end_of_an_epoch_that_is_over_does_not_count():
+    members = Membership(size=2)
+    join_all(members, 0)
+    members.handle(lost(1), 1.0)
+    members.handle({"kind": "ended", "rank": 0, "epoch": 0, "exit_code": DONE}, 1.1)  # on its way meanwhile
+    join_all(members, 1)
+    assert members.handle({"kind": "ended", "rank": 1, "epoch": 1, "exit_code": DONE}, 2.0) == []
+    (verdict,) = members.handle({"kind": "ended", "rank": 0, "epoch": 1, "exit_code": DONE}, 2.1)
+    assert verdict["exit_code"] == DONE
+
+
+def test_a_rank_that_does_not_join_is_killed_and_one_that_comes_late_has_its_time():
+    members = Membership(size=3, limits=Limits(hang_s=10.0))
+    assert ticks(members, 100, 108) == []
+    join_all(members, 0, now=109.0, ranks=[0, 2])
+    assert ticks(members, 109, 409) == []
+    (kill,) = ticks(members, 410, 500)
+    assert (kill["kind"], kill["rank"]) == ("kill", 1)
+
+
+def test_a_replacement_that_makes_no_first_step_is_the_one_furthest_behind():
+    members = Membership(size=2, limits=Limits(hang_s=10.0))
+    join_all(members, 0, now=1.0)
+    beats = {"kind": "beats", **NODE, "ranks": [[0, -1, 3], [1, -1, 4]]}
+    members.handle(beats, 1.0)
+    assert ticks(members, 2, 15) == []  # documents are being prepared
+    for rank in (0, 1):
+        members.handle({"kind": "running", "rank": rank, "epoch": 0}, 15.0)
+    members.handle(lost(1), 16.0)
+    join_all(members, 1, now=17.0)
+    members.handle({"kind": "beats", **NODE, "ranks": [[0, 7, 90], [1, -1, 2]]}, 18.0)
+    (kill,) = ticks(members, 17, 29)
+    assert (kill["kind"], kill["rank"]) == ("kill", 1)
 
 
 def test_without_progress_the_rank_furthest_behind_is_killed():
